@@ -1,0 +1,378 @@
+"""One batch -> named losses: where router, gates, transport and MACs meet (APTP, section 3.3).
+
+Losses that compare prompts with one another (`resource`, `contrastive`, `commitment`, `spread`, `peak`) are computed on
+the joined batch of all ranks, on every rank; the others are means over a rank's own rows, which DistributedDataParallel
+averages. The formulas themselves are in `losses.py`, and importable from here.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from aptp_ray.core.gates import GatedUNet, capture_blocks
+from aptp_ray.core.losses import (
+    FINETUNE_LOSSES,
+    PRUNE_LOSSES,
+    ContrastiveForm,
+    PredictionType,
+    add_noise,
+    check_prediction_type,
+    contrastive_loss,
+    finetune_losses,
+    match_losses,
+    min_snr_weights,
+    prediction_target,
+    prune_losses,
+    weighted_sum,
+)
+from aptp_ray.core.macs import MacsModel
+from aptp_ray.core.relaxation import relax, straight_through
+from aptp_ray.core.router import PromptRouter
+from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, prefer_lowest
+
+__all__ = [
+    "FINETUNE_LOSSES",
+    "PRUNE_LOSSES",
+    "FinetuneObjective",
+    "PruneObjective",
+    "add_noise",
+    "contrastive_loss",
+    "finetune_losses",
+    "match_losses",
+    "min_snr_weights",
+    "prediction_target",
+    "prune_losses",
+    "weighted_sum",
+]
+
+Phase = Literal["warmup", "codes"]
+
+
+class PruneObjective(nn.Module):
+    """The prune stage's step: only the router's predictor and codes have gradients; wrap it in DDP as it is.
+
+    In the warm-up every prompt runs under its own e. Then every prompt runs under the code that the transport gives it:
+    the task (through the UNet) and the budget move the codes, `contrastive` and `commitment` move e.
+
+    The keyword switches are the departures from the reference implementation, each at the design's choice by default.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        router: PromptRouter,
+        gated: GatedUNet,
+        macs: MacsModel,
+        *,
+        alphas_cumprod: Tensor,
+        prediction_type: PredictionType,
+        budget: float,
+        gamma: float | None = 5.0,
+        assignment_epsilon: float = 0.3,
+        relative_epsilon: bool = True,
+        temperature: float = 0.03,
+        contrastive_form: ContrastiveForm = "softmax",
+        contrastive_diagonal: bool = False,
+        unet_masks: Literal["soft", "hard"] = "soft",
+        resource_masks: Literal["soft", "hard"] = "hard",
+        noise_per: Literal["code", "sample"] = "code",
+        noisy_similarity: bool = False,
+        normalise_blocks: bool = True,
+    ) -> None:
+        """Freezes the UNet.
+
+        Args:
+            router: learns.
+            gated: the teacher, with gates.
+            macs: the MACs of its codes.
+            alphas_cumprod: [train timesteps], the scheduler's.
+            prediction_type: the scheduler's.
+            budget: target of the mean MACs ratio.
+            gamma: of the min-SNR weights.
+            assignment_epsilon: the transport's regularization.
+            relative_epsilon: whether in units of the similarities' standard deviation.
+            temperature: of the contrastive loss.
+            contrastive_form: see `contrastive_loss`.
+            contrastive_diagonal: see `contrastive_loss`.
+            unet_masks: what the UNet sees; "hard" is straight-through.
+            resource_masks: what the MACs are counted on; "hard" is straight-through.
+            noise_per: one Gumbel draw for each code or for each sample.
+            noisy_similarity: whether codes are compared under this step's noise (needs `noise_per="code"`).
+            normalise_blocks: see `match_losses`.
+
+        Raises:
+            ValueError: a budget outside (floor, 1], or switches that exclude one another.
+        """
+        super().__init__()
+        check_prediction_type(prediction_type)
+        floor = macs.floor / macs.total
+        if not floor < budget <= 1:
+            raise ValueError(f"budget {budget} is outside ({floor:.4f}, 1]: below lies what cannot be pruned")
+        if noisy_similarity and noise_per != "code":
+            raise ValueError("noisy_similarity compares codes under their own noise; it needs noise_per='code'")
+        self.router, self.gated, self.macs = router, gated.requires_grad_(False).eval(), macs
+        self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
+        self.prediction_type, self.budget, self.gamma = prediction_type, budget, gamma
+        self.assignment_epsilon, self.relative_epsilon = assignment_epsilon, relative_epsilon
+        self.contrastive: dict[str, Any] = {
+            "temperature": temperature,
+            "contrastive_form": contrastive_form,
+            "contrastive_diagonal": contrastive_diagonal,
+        }
+        self.unet_masks, self.resource_masks = unet_masks, resource_masks
+        self.noise_per, self.noisy_similarity, self.normalise_blocks = noise_per, noisy_similarity, normalise_blocks
+
+    def train(self, mode: bool = True) -> PruneObjective:
+        """Trains the router only: the teacher's dropout stays off."""
+        super().train(mode)
+        self.gated.eval()
+        return self
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        text_states: Tensor,
+        text_mask: Tensor | None,
+        z: Tensor,
+        gumbel_noise: Tensor,
+        phase: Phase,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One batch of b rows on this rank.
+
+        Args:
+            latents: [b, channels, height, width], clean and scaled.
+            noise: the same shape, standard normal.
+            timesteps: [b] int64.
+            text_states: [b, tokens, text_dim].
+            text_mask: bool [b, tokens] of real tokens, or None.
+            z: [b, z_dim] prompt embeddings.
+            gumbel_noise: standard Gumbel draws: [b, dim] in the warm-up and for `noise_per="sample"`, else [K, dim],
+                the same on every rank.
+            phase: "warmup" or "codes".
+
+        Returns:
+            The losses named in `PRUNE_LOSSES`, and statistics: `macs_ratio` (mean), `macs_ratio_std`; in phase "codes"
+            also `assignment_counts` [K], `assignment_converged`, `assignment_residual`, `assignment_epsilon`,
+            `similarity_std`, and `agreement` of the transport with deterministic routing under the past steps' duals.
+        """
+        if phase not in ("warmup", "codes"):
+            raise ValueError(f"unknown phase {phase!r}; one of 'warmup', 'codes'")
+        self._check_noise(gumbel_noise, phase, len(latents))
+        # Logits, masks and MACs need more than half precision: a code's ratios differ in the fourth digit.
+        with torch.autocast(latents.device.type, enabled=False):
+            z_all, e_all = gather_rows(z.float()), gather_rows(self.router.embed(z.float()))  # [B, ...]
+            if self.training:
+                self.router.update_means(e_all.detach())
+            features = self.router.centred(self.router.features(e_all), self.router.mean_embedding)
+            if phase == "warmup":
+                masks, ratios = self._own_masks(e_all[_own_rows(len(latents))], gumbel_noise)
+                code_features, stats = None, dict[str, Any]()
+            else:
+                masks, ratios, code_features, stats = self._code_masks(e_all, gumbel_noise, len(latents))
+
+        arguments = self._run_unets(latents, noise, timesteps, text_states, text_mask, masks)
+        with torch.autocast(latents.device.type, enabled=False):
+            losses = prune_losses(
+                **arguments, ratios=ratios, budget=self.budget, z=z_all, features=features,
+                code_features=code_features, normalise_blocks=self.normalise_blocks, **self.contrastive,
+            )  # fmt: skip
+            # DDP waits for a gradient of every parameter, and codes have none in the warm-up.
+            losses["denoising"] = losses["denoising"] + 0 * self.router.codes.sum()
+        ratio = ratios.detach()
+        return losses, {"macs_ratio": float(ratio.mean()), "macs_ratio_std": float(ratio.std(correction=0)), **stats}
+
+    def _own_masks(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks [b, dim] of this rank's samples and the MACs ratios [B] of all."""
+        soft, hard = self._masks(logits, noise)
+        return (hard if self.unet_masks == "hard" else soft), gather_rows(self._ratio(soft, hard))
+
+    def _code_masks(
+        self, e_all: Tensor, noise: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Assigns the joined batch; this rank's masks [b, dim], all ratios [B], all code features [B, dim]."""
+        router = self.router
+        similarity = router.similarity(e_all.detach(), noise=noise if self.noisy_similarity else None).detach()
+        # Every rank has the same rows and computes the same plan.
+        assignment = balanced_assignment(similarity, epsilon=self.assignment_epsilon, relative=self.relative_epsilon)
+        index, own = assignment.index, assignment.index[_own_rows(rows)]
+        stats = self._assignment_stats(assignment, similarity)
+        if self.noise_per == "code":
+            soft, hard = self._masks(router.codes, noise)
+            masks, ratios = (hard if self.unet_masks == "hard" else soft)[own], self._ratio(soft, hard)[index]
+        else:
+            masks, ratios = self._own_masks(router.codes[own], noise)
+        # Detached: the commitment draws e to the code, the task alone says where the code is.
+        code_features = router.centred(router.features(router.codes.detach()), router.mean_codes)[index]
+        return masks, ratios, code_features, stats
+
+    def _masks(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        soft = relax(logits, self.router.space, noise=noise, tau=self.router.tau, base=self.router.base)
+        return soft, straight_through(soft, self.router.space)
+
+    def _ratio(self, soft: Tensor, hard: Tensor) -> Tensor:
+        return self.macs.ratio(hard if self.resource_masks == "hard" else soft)
+
+    def _assignment_stats(self, assignment: Assignment, similarity: Tensor) -> dict[str, Any]:
+        router = self.router
+        routed = prefer_lowest(similarity.double() + router.epsilon * router.potentials)
+        if self.training:
+            router.track_potentials(assignment)
+        return {
+            "assignment_counts": assignment.index.bincount(minlength=router.num_codes).tolist(),
+            "assignment_converged": assignment.converged,
+            "assignment_residual": assignment.residual,
+            "assignment_epsilon": assignment.epsilon,
+            "similarity_std": float(similarity.std(correction=0)),
+            "agreement": float((routed == assignment.index).double().mean()),
+        }
+
+    def _run_unets(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        text_states: Tensor,
+        text_mask: Tensor | None,
+        masks: Tensor,
+    ) -> dict[str, Any]:
+        noised = add_noise(self.alphas_cumprod, latents, noise, timesteps)
+        inputs = (noised, timesteps, text_states, text_mask)
+        with capture_blocks(self.gated.unet) as blocks:
+            with torch.no_grad():
+                teacher_output, teacher_blocks = _forward(self.gated, *inputs), list(blocks)
+            with self.gated.use(masks):
+                model_output, student_blocks = _forward(self.gated, *inputs), list(blocks)
+        return {
+            "model_output": model_output,
+            "teacher_output": teacher_output,
+            "target": prediction_target(self.alphas_cumprod, latents, noise, timesteps, self.prediction_type),
+            "snr_weight": min_snr_weights(self.alphas_cumprod, timesteps, self.gamma, self.prediction_type),
+            "student_blocks": student_blocks,
+            "teacher_blocks": teacher_blocks,
+        }
+
+    def _check_noise(self, noise: Tensor, phase: Phase, rows: int) -> None:
+        per_sample = phase == "warmup" or self.noise_per == "sample"
+        expected = (rows if per_sample else self.router.num_codes, self.router.space.dim)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"gumbel_noise must be {list(expected)} in phase {phase!r}, got {list(noise.shape)}")
+
+
+class FinetuneObjective(nn.Module):
+    """The step of every stage that trains a UNet: the shared phase, an expert, and (without a teacher) a teacher."""
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        alphas_cumprod: Tensor,
+        prediction_type: PredictionType,
+        gamma: float | None = 5.0,
+        normalise_blocks: bool = True,
+    ) -> None:
+        """Freezes the teacher.
+
+        Args:
+            student: learns; a GatedUNet for training under codes, else a UNet (a pruned one, or the teacher to be).
+            teacher: a UNet of its own, or None to train on the data alone.
+            alphas_cumprod: [train timesteps], the scheduler's.
+            prediction_type: the scheduler's.
+            gamma: of the min-SNR weights.
+            normalise_blocks: see `match_losses`.
+
+        Raises:
+            ValueError: the student's and the teacher's weights are the same tensors.
+        """
+        super().__init__()
+        check_prediction_type(prediction_type)
+        if teacher is not None and {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
+            raise ValueError("student and teacher share weights; load the teacher a second time (or deepcopy it)")
+        self.student = student
+        self.teacher: nn.Module | None = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
+        self.prediction_type, self.gamma, self.normalise_blocks = prediction_type, gamma, normalise_blocks
+
+    def train(self, mode: bool = True) -> FinetuneObjective:
+        """Trains the student only: the teacher's dropout stays off."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        text_states: Tensor,
+        text_mask: Tensor | None = None,
+        codes: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One batch.
+
+        Args:
+            latents: [b, channels, height, width], clean and scaled.
+            noise: the same shape, standard normal.
+            timesteps: [b] int64.
+            text_states: [b, tokens, text_dim].
+            text_mask: bool [b, tokens], or None.
+            codes: bool [b, dim], each sample's own, for a GatedUNet; None runs the student as it is.
+
+        Returns:
+            The losses named in `FINETUNE_LOSSES`, and statistics: `match`, the distillation error over the mean square
+            of the teacher's output.
+
+        Raises:
+            TypeError: codes for a student without gates.
+        """
+        student: Any = self.student
+        if codes is not None and not isinstance(student, GatedUNet):
+            raise TypeError("codes need a GatedUNet as the student; a pruned UNet has its code built in")
+        inputs = (add_noise(self.alphas_cumprod, latents, noise, timesteps), timesteps, text_states, text_mask)
+        teacher, stats = self.teacher, dict[str, Any]()
+        teacher_output, teacher_blocks = None, list[Tensor]()
+        if teacher is not None:
+            with torch.no_grad(), capture_blocks(cast(Any, teacher)) as blocks:
+                teacher_output, teacher_blocks = _forward(teacher, *inputs), list(blocks)
+        masks = student.use(codes) if isinstance(student, GatedUNet) and codes is not None else nullcontext()
+        with masks, capture_blocks(student.unet if isinstance(student, GatedUNet) else student) as blocks:
+            model_output = _forward(student, *inputs)
+            student_blocks = list(blocks) if teacher is not None else []
+        losses = finetune_losses(
+            model_output=model_output,
+            target=prediction_target(self.alphas_cumprod, latents, noise, timesteps, self.prediction_type),
+            snr_weight=min_snr_weights(self.alphas_cumprod, timesteps, self.gamma, self.prediction_type),
+            teacher_output=teacher_output, student_blocks=student_blocks, teacher_blocks=teacher_blocks,
+            normalise_blocks=self.normalise_blocks,
+        )  # fmt: skip
+        if teacher_output is not None:
+            scale = teacher_output.float().pow(2).mean().clamp_min(1e-12)
+            stats["match"] = float(losses["distillation"].detach() / scale)
+        return losses, stats
+
+
+def _forward(
+    unet: Any, sample: Tensor, timesteps: Tensor, text_states: Tensor, text_mask: Tensor | None
+) -> Tensor:
+    dtype = unet.dtype
+    # diffusers turns `encoder_attention_mask` into a bias, (1 - mask) * -10000, so None and all ones are the same.
+    return unet(
+        sample.to(dtype), timesteps, encoder_hidden_states=text_states.to(dtype), encoder_attention_mask=text_mask
+    ).sample
+
+
+def _own_rows(rows: int) -> slice:
+    """Where this rank's rows lie in what `gather_rows` returns."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return slice(rank * rows, (rank + 1) * rows)

@@ -1,0 +1,1 @@
+"""The embedded demo: OpenMoji scenes with captions, drawn on the spot."""

@@ -1,0 +1,272 @@
+"""The prune stage: predictor and codes learn under the MACs budget, then each code becomes binary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from aptp_ray.artifacts import RunDir, resolve_source
+from aptp_ray.config import Config, ConfigError
+from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.hardening import HardCodes, harden_codes, start_logits
+from aptp_ray.core.importance import ImportanceBatch, measure_importance
+from aptp_ray.core.macs import MacsModel
+from aptp_ray.core.objective import PruneObjective
+from aptp_ray.core.prompt_encoder import PromptEncoder
+from aptp_ray.core.randomness import keyed_generator
+from aptp_ray.core.relaxation import binarize, gumbel
+from aptp_ray.core.router import PromptRouter
+from aptp_ray.core.space import ArchitectureSpace
+from aptp_ray.data import schema
+from aptp_ray.encoding import Encoding
+from aptp_ray.tracking import Progress
+from aptp_ray.train.draws import Draws, decode_encoded
+from aptp_ray.train.feed import Rows
+from aptp_ray.train.loop import Parts
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
+
+# Prompts on which codes part and the transport's duals are fitted.
+_ROUTING_PROMPTS = 8192
+
+
+def prune_worker(settings: dict[str, Any]) -> None:
+    """Measures importance, trains the router, hardens the codes, and writes ``router`` and ``routing.json``."""
+    worker = Worker.start(settings)
+    config, spec, loop = worker.config, worker.config.prune, worker.config.prune.loop
+    encoding = Encoding.from_json(settings["encoding"])
+    teacher_dir = worker.run.local("teacher")
+
+    # -- teacher, its prunable sites and their MACs -----------------------------------------------------------------------------
+    unet = UNet2DConditionModel.from_pretrained(teacher_dir, subfolder="unet")
+    macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.text_shape[0])
+    gated = GatedUNet(fast_attention(unet, worker.place.device).to(worker.place.device))
+    schedule = noise_schedule(teacher_dir)
+    draws = Draws(loop.seed, "prune", loop.global_batch_size, encoding, len(schedule.alphas_cumprod))
+
+    # -- where codes start --------------------------------------------------------------------------------------------------------
+    score = importance(worker, gated, macs, encoding, schedule.alphas_cumprod)
+    router = new_router(config, gated.space, macs, score, encoding.embedding_dim)
+    embeddings = prompt_embeddings("train", _ROUTING_PROMPTS)
+    objective = PruneObjective(
+        router,
+        gated,
+        macs,
+        alphas_cumprod=schedule.alphas_cumprod,
+        prediction_type=schedule.prediction_type,
+        budget=spec.budget,
+        gamma=spec.min_snr_gamma,
+        assignment_epsilon=config.router.epsilon,
+        temperature=spec.contrastive_temperature,
+        contrastive_diagonal=spec.contrastive_diagonal,
+    )
+    warmup = round(loop.steps * spec.warmup_fraction)
+
+    def inputs(rows: Rows, step: int, mine: slice) -> dict[str, Any]:
+        if step == warmup:  # codes part here; a run resumed later has them in its checkpoint
+            router.initialise_codes(embeddings, generator=keyed_generator(loop.seed, "codes"))
+        in_warmup = step < warmup
+        generator = keyed_generator(loop.seed, "gumbel", step)
+        dim, count = gated.space.dim, loop.global_batch_size if in_warmup else router.num_codes
+        noise = gumbel((count, dim), generator)
+        return draws(rows, step, mine) | {
+            "text_mask": None,
+            "z": torch.from_numpy(rows["embedding"]),
+            "gumbel_noise": noise[mine] if in_warmup else noise,
+            "phase": "warmup" if in_warmup else "codes",
+        }
+
+    def save_router(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
+        transport = router.fit_potentials(embeddings, epsilon=config.router.epsilon)
+        hard, shares = harden(config, router, macs, prompt_embeddings("validation", _ROUTING_PROMPTS))
+        write_router(worker.run, config, router, macs, hard, shares)
+        return {
+            "macs_ratio": round(hard.macs_ratio, 5),
+            "budget": spec.budget,
+            "transport_converged": bool(transport.converged),
+            "largest_overlap": round(largest_overlap(hard.codes), 4),
+            "experts": [{"macs_ratio": round(float(r), 4), "share": round(float(s), 4)} for r, s in zip(hard.ratios, shares, strict=True)],
+        }
+
+    parts = Parts(
+        module=objective,
+        groups=[
+            {"params": list(router.predictor.parameters()), "lr": spec.predictor_lr, "weight_decay": 0.0},
+            {"params": [router.codes], "lr": spec.code_lr, "weight_decay": 0.0},
+        ],
+        inputs=inputs,
+        decode=lambda rows: decode_encoded(rows, encoding),
+        save=save_router,
+        weights=spec.weights.model_dump(),
+    )
+    worker.train(parts, loop)
+
+
+def check_budget(config: Config) -> None:
+    """Refuses a budget that no code can meet, from the teacher's config alone.
+
+    Raises:
+        ConfigError: with the range that is within reach.
+    """
+    teacher = config.teacher
+    if teacher.unet is not None and teacher.unet.model is not None:
+        shape = teacher.unet.model
+    else:
+        source = resolve_source(teacher.source or "", config.storage_options)
+        try:
+            shape = UNet2DConditionModel.load_config(source, subfolder="unet", revision=teacher.revision)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"teacher.source={teacher.source!r} holds no unet/config.json ({str(error).splitlines()[0]}): name a "
+                "diffusers pipeline directory, a hub id that exists, or an fsspec URI"
+            ) from error
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(shape)
+    side = unet.config["sample_size"]
+    macs = MacsModel.measure(unet, latent_size=(side, side), num_tokens=teacher.max_tokens)
+    space = ArchitectureSpace.of(unet)
+    smallest = binarize(torch.zeros(1, space.dim), space, config.router.alignment)
+    floor = float(macs.ratio(smallest.double())[0])
+    if config.prune.budget < floor:
+        raise ConfigError(
+            f"prune.budget={config.prune.budget} is below the floor {floor:.3f}: what cannot be pruned, and one step of every "
+            f"site at router.alignment={config.router.alignment}; raise the budget or lower the alignment"
+        )
+
+
+def new_router(
+    config: Config, space: ArchitectureSpace, macs: MacsModel, score: Tensor, embedding_dim: int
+) -> PromptRouter:
+    """Returns a router whose codes start at the budget, what is worth its MACs most open."""
+    start = start_logits(
+        score,
+        macs,
+        space,
+        budget=config.prune.budget,
+        generator=keyed_generator(config.prune.loop.seed, "start"),
+        tau=config.router.tau,
+        base=config.router.base,
+    )
+    router = PromptRouter(
+        space,
+        z_dim=embedding_dim,
+        num_codes=config.router.experts,
+        generator=keyed_generator(config.prune.loop.seed, "router"),
+        hidden_dim=config.router.hidden,
+        start_logits=start,
+        tau=config.router.tau,
+        base=config.router.base,
+        macs=macs.to_dict(),
+    )
+    source = config.router.prompt_encoder
+    encoder = PromptEncoder.from_pretrained(resolve_source(source, config.storage_options))
+    encoder.source = source  # as the config names it: a path of this machine means nothing on another
+    return router.attach(encoder)
+
+
+def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, encoding: Encoding, alphas: Tensor) -> Tensor:
+    """Measures each entry's importance, the samples parted among the ranks; kept beside the run's checkpoints.
+
+    Returns:
+        float64 [dim], the same on every rank.
+    """
+    kept = ("train", worker.name, "importance.safetensors")
+    if worker.run.exists(*kept):
+        return load(worker.run.read_bytes(*kept))["score"]
+    spec, place = worker.config.prune, worker.place
+    rows = decode_encoded(first_rows("train", spec.importance_samples), encoding)
+    mine = slice(place.rank, None, place.world_size)
+    batch = noised_batch(rows, spec.loop.seed, alphas, mine)
+    total = len(range(spec.importance_samples)[mine]) * (gated.space.dim + 1)
+    progress = Progress("importance", total, unit="rows", enabled=place.rank == 0)
+    measured = measure_importance(
+        gated, [batch], macs=macs, chunk=spec.importance_batch, progress=lambda done, _: progress.update(done)
+    )
+    joined = torch.stack([measured.score * measured.num_samples, torch.full_like(measured.score, measured.num_samples)])
+    if place.world_size > 1:
+        joined = joined.to(place.device)
+        dist.all_reduce(joined)
+    score = (joined[0] / joined[1]).cpu()
+    if place.rank == 0:
+        worker.run.write_bytes(save({"score": score}), *kept)
+    return score
+
+
+def noised_batch(rows: Rows, seed: int, alphas: Tensor, mine: slice) -> ImportanceBatch:
+    """Noises rows at timesteps spread evenly over the schedule (the middle of equal strata)."""
+    count = len(rows["mean"])
+    generator = keyed_generator(seed, "importance")
+    noise = torch.randn(rows["mean"].shape, generator=generator)
+    timesteps = ((torch.arange(count) + 0.5) / count * len(alphas)).long()[torch.randperm(count, generator=generator)]
+    scale = alphas[timesteps].view(-1, 1, 1, 1)
+    noised = scale.sqrt() * torch.from_numpy(rows["mean"]) + (1 - scale).sqrt() * noise
+    return ImportanceBatch(
+        sample=noised[mine], timesteps=timesteps[mine], text_states=torch.from_numpy(rows["text_states"])[mine]
+    )
+
+
+def harden(config: Config, router: PromptRouter, macs: MacsModel, validation: Tensor) -> tuple[HardCodes, Tensor]:
+    """Makes the codes binary within the budget, weighted by the shares that routing gives on validation prompts."""
+    experts = router.assign(validation).expert
+    shares = experts.bincount(minlength=router.num_codes).double() / len(experts)
+    hard = harden_codes(
+        router.codes,
+        router.space,
+        macs,
+        budget=config.prune.budget,
+        shares=shares,
+        alignment=config.router.alignment,
+        base=config.router.base,
+    )
+    router.set_hard_codes(hard.codes)
+    return hard, shares
+
+
+def write_router(
+    run: RunDir, config: Config, router: PromptRouter, macs: MacsModel, hard: HardCodes, shares: Tensor
+) -> None:
+    """Writes ``router`` and then ``routing.json``."""
+    with run.writing("router") as folder:
+        router.save_pretrained(folder)
+    experts = [
+        {
+            "id": index,
+            "macs": macs.exact(code),
+            "macs_ratio": round(float(ratio), 6),
+            "share": round(float(share), 6),
+        }
+        for index, (code, ratio, share) in enumerate(zip(hard.codes, hard.ratios, shares, strict=True))
+    ]
+    figures = {"budget": config.prune.budget, "macs_ratio": hard.macs_ratio, "teacher_macs": macs.total, "experts": experts}
+    run.write_json(figures, "routing.json")
+
+
+def largest_overlap(codes: Tensor) -> float:
+    """Returns the largest share of entries in which two of the codes [K, dim] agree; 0 for a single code."""
+    return max(
+        (float((a == b).float().mean()) for i, a in enumerate(codes) for b in codes[i + 1 :]),
+        default=0.0,
+    )
+
+
+def first_rows(name: str, count: int) -> Rows:
+    """Returns the first rows of a Dataset that the job handed in, as raw columns."""
+    for rows in ray.train.get_dataset_shard(name).iter_batches(batch_size=count, batch_format="numpy"):
+        return rows
+    raise ValueError(f"the {name} rows are empty: see encoded/rejected.parquet")
+
+
+def prompt_embeddings(name: str, most: int) -> Tensor:
+    """Returns z of the first ``most`` prompts of a Dataset, [n, dim]."""
+    parts: list[np.ndarray] = []
+    for rows in ray.train.get_dataset_shard(name).iter_batches(batch_size=512, batch_format="numpy"):
+        parts.append(np.stack(list(rows[schema.EMBEDDING])).astype(np.float32))
+        if sum(map(len, parts)) >= most:
+            break
+    return torch.from_numpy(np.concatenate(parts)[:most])

@@ -1,0 +1,202 @@
+"""The teacher stage: a small VAE and UNet trained from scratch, or a pretrained pipeline fine-tuned on the target data."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from aptp_ray.artifacts import RunDir, resolve_source
+from aptp_ray.config import Config, ConfigError
+from aptp_ray.core.objective import FinetuneObjective
+from aptp_ray.core.pretraining import VaeObjective, fold_latent_statistics
+from aptp_ray.core.randomness import key_seed, keyed_generator
+from aptp_ray.data import schema
+from aptp_ray.encoding import Encoding
+from aptp_ray.train.draws import Draws, decode_encoded
+from aptp_ray.train.feed import Rows
+from aptp_ray.train.loop import Parts
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
+
+# -- the VAE -----------------------------------------------------------------------------------------------------------------
+
+
+def vae_worker(settings: dict[str, Any]) -> None:
+    """Trains the VAE on crops and writes ``teacher_vae``, its latents normalised per channel."""
+    worker = Worker.start(settings)
+    spec = worker.config.teacher.vae
+    assert spec is not None
+    torch.manual_seed(key_seed(spec.loop.seed, "vae", "init"))  # diffusers' modules draw their start from global state
+    vae = AutoencoderKL(**spec.model)
+    loop = spec.loop
+    freeze_at = round(loop.steps * (1 - spec.decoder_only_fraction))
+    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+
+    def inputs(rows: Rows, step: int, mine: slice) -> dict[str, Any]:
+        images = to_signed(rows[schema.IMAGE])
+        generator = keyed_generator(loop.seed, "crop", step)
+        room = images.shape[-1] - spec.crop
+        corners = torch.randint(0, room + 1, (loop.global_batch_size, 2), generator=generator)[mine]
+        crops = [image[:, y : y + spec.crop, x : x + spec.crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
+        side = spec.crop // 2 ** (len(vae.config["block_out_channels"]) - 1)
+        noise = torch.randn(loop.global_batch_size, vae.config["latent_channels"], side, side, generator=generator)[mine]
+        # Not channels_last, which a stack of permuted images would be: a CPU takes three times as long in it.
+        images = torch.stack(crops).contiguous(memory_format=torch.contiguous_format)
+        return {"images": images, "noise": noise, "decoder_only": step >= freeze_at}
+
+    def save(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
+        assert isinstance(module, VaeObjective)
+        figures = latent_figures(module.vae, ray.train.get_dataset_shard("train"))
+        with worker.run.writing("teacher_vae") as folder:
+            module.vae.save_pretrained(folder)
+        return figures
+
+    parts = Parts(
+        module=VaeObjective(vae, gradient_weight=spec.gradient_weight, kl_weight=spec.kl_weight),
+        groups=[{"params": encoder}, {"params": decoder}],
+        inputs=inputs,
+        decode=lambda rows: rows,
+        save=save,
+        lr_scale=lambda step, group: 0.0 if group == 0 and step >= freeze_at else 1.0,
+    )
+    worker.train(parts, loop)
+
+
+def latent_figures(vae: AutoencoderKL, iterator: Any, images: int = 1024) -> dict[str, float]:
+    """Normalises the VAE's latents over some whole images, and measures what it loses on them (PSNR in dB)."""
+    batches = iterator.iter_batches(batch_size=128, batch_format="numpy")
+    pixels = torch.cat([to_signed(batch[schema.IMAGE]) for batch in islice(batches, images // 128)])
+    device = next(vae.parameters()).device
+    vae.eval()
+    with torch.no_grad():
+        means = torch.cat([vae.encode(chunk.to(device)).latent_dist.mean for chunk in pixels.split(128)])
+        fold_latent_statistics(vae, means.mean((0, 2, 3)), means.std((0, 2, 3)))
+        decoded = [vae.decode(vae.encode(chunk.to(device)).latent_dist.mean).sample.cpu() for chunk in pixels.split(128)]
+    error = (torch.cat(decoded).clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+    return {"psnr_db": round((10 * torch.log10(4.0 / error)).mean().item(), 2)}
+
+
+def to_signed(images: np.ndarray) -> Tensor:
+    """uint8 [n, height, width, 3] -> float32 [n, 3, height, width] in [-1, 1]."""
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float().contiguous().div_(127.5).sub_(1.0)
+
+
+# -- the pipeline around it ------------------------------------------------------------------------------------------------------
+
+
+def assemble(config: Config, run: RunDir) -> str:
+    """Writes ``teacher_parts``: a pipeline with the trained VAE, the frozen text encoder, and a UNet that knows nothing yet.
+
+    Returns:
+        its local folder.
+    """
+    spec = config.teacher.unet
+    if spec is None or spec.model is None or config.teacher.text_encoder is None:
+        raise ConfigError("training a teacher from scratch needs teacher.unet.model and teacher.text_encoder")
+    vae = AutoencoderKL.from_pretrained(run.local("teacher_vae"))
+    torch.manual_seed(key_seed(spec.loop.seed, "unet", "init"))
+    unet = UNet2DConditionModel(**spec.model)
+    pipeline = build_pipeline(config, vae=vae, unet=unet, scheduler=DDIMScheduler(**spec.scheduler))
+    with run.writing("teacher_parts") as folder:
+        pipeline.save_pretrained(folder)
+    return run.local("teacher_parts")
+
+
+def build_pipeline(config: Config, *, vae: Any, unet: Any, scheduler: Any) -> StableDiffusionPipeline:
+    """Puts a Stable Diffusion pipeline together around ``teacher.text_encoder``."""
+    source = resolve_source(config.teacher.text_encoder or "", config.storage_options)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.model_max_length = config.teacher.max_tokens
+    text_encoder = AutoModel.from_pretrained(source)
+    # The pipeline hands the attention mask to the text encoder only where its config says so (diffusers, encode_prompt).
+    text_encoder.config.use_attention_mask = True
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def import_teacher(config: Config, run: RunDir) -> dict[str, Any]:
+    """Writes ``teacher`` from ``teacher.source``, in float32.
+
+    Raises:
+        ConfigError: if the source cannot be loaded.
+    """
+    teacher = config.teacher
+    assert teacher.source is not None
+    source = resolve_source(teacher.source, config.storage_options)
+    try:
+        if teacher.text_encoder is not None:
+            pipeline = build_pipeline(
+                config,
+                vae=AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32),
+                unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=torch.float32),
+                scheduler=DDIMScheduler.from_pretrained(source, subfolder="scheduler"),
+            )
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source, revision=teacher.revision, variant=teacher.variant, torch_dtype=torch.float32, safety_checker=None
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"teacher.source={teacher.source!r} cannot be loaded as a diffusers pipeline ({str(error).splitlines()[0]}): name "
+            "a directory, a hub id that exists (with its revision), or an fsspec URI"
+        ) from error
+    with run.writing("teacher") as folder:
+        pipeline.save_pretrained(folder)
+    return {"parameters": sum(p.numel() for p in pipeline.unet.parameters())}
+
+
+# -- the UNet ------------------------------------------------------------------------------------------------------------------
+
+
+def unet_worker(settings: dict[str, Any]) -> None:
+    """Trains the UNet on encoded rows and writes ``teacher``."""
+    worker = Worker.start(settings)
+    spec = worker.config.teacher.unet
+    assert spec is not None
+    loop, folder = spec.loop, settings["pipeline_dir"]
+    encoding = Encoding.from_json(settings["encoding"])
+    unet = fast_attention(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), worker.place.device)
+    schedule = noise_schedule(folder)
+    draws = Draws(
+        loop.seed,
+        "teacher",
+        loop.global_batch_size,
+        encoding,
+        len(schedule.alphas_cumprod),
+        spec.caption_dropout,
+        torch.tensor(settings["empty_states"]),
+    )
+
+    def save(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None)
+        with worker.run.writing("teacher") as target:
+            pipeline.save_pretrained(target)
+        return {"parameters": sum(p.numel() for p in unet.parameters())}
+
+    # Without a teacher of its own and without weights by SNR, fine-tuning's objective is plain denoising.
+    objective = FinetuneObjective(
+        unet, None, alphas_cumprod=schedule.alphas_cumprod, prediction_type=schedule.prediction_type, gamma=None
+    )
+    parts = Parts(
+        module=objective,
+        groups=[{"params": list(unet.parameters())}],
+        inputs=draws,
+        decode=lambda rows: decode_encoded(rows, encoding),
+        save=save,
+    )
+    worker.train(parts, loop)

@@ -1,0 +1,104 @@
+"""What every training worker does before and around its loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from aptp_ray.artifacts import RunDir
+from aptp_ray.config import Config, Loop, parse_config
+from aptp_ray.core.components import TextEncoder, load_components
+from aptp_ray.tracking import Tracker
+from aptp_ray.train.launch import record_outcome
+from aptp_ray.train.loop import Parts, Place, place_of_worker, run_loop
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker's view of its run."""
+
+    config: Config
+    run: RunDir
+    name: str
+    total_rows: int
+    place: Place
+    settings: dict[str, Any]
+
+    @classmethod
+    def start(cls, settings: dict[str, Any]) -> Worker:
+        """Unpacks what ``launch`` sent, and sets this process up."""
+        config = parse_config(settings["config"])
+        place = place_of_worker(config.compute.threads_per_worker)
+        run = RunDir(settings["run_uri"], config.storage_options)
+        return cls(config, run, settings["name"], settings["total_rows"], place, settings)
+
+    def train(self, parts: Parts, loop: Loop) -> None:
+        """Runs the loop and records the outcome."""
+        save = parts.save
+
+        def save_and_record(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
+            outcome = figures | save(module, figures)
+            record_outcome(self.run, self.name, outcome)
+            return outcome
+
+        parts.save = save_and_record
+        tracking = self.config.tracking
+        tracker = Tracker(
+            project=tracking.project,
+            entity=tracking.entity,
+            mode=tracking.mode,
+            name=f"{self.config.name}-{self.name}",
+            config=self.config.model_dump(mode="json"),
+            directory=self.run.path("wandb") if self.run.is_local else None,
+            rank=self.place.rank,
+            run_id=f"{Path(self.run.root).name}-{self.name}".replace("=", "-"),
+        )
+        run_loop(
+            parts,
+            loop,
+            place=self.place,
+            dataset=ray.train.get_dataset_shard("train"),
+            total_rows=self.total_rows,
+            tracker=tracker,
+            label=self.name,
+        )
+
+
+def fast_attention(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    """On a CPU, replaces fused attention by plain matrix products: its CPU backward pass is the slower one by half."""
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())
+    return unet
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A teacher's noise schedule.
+
+    Attributes:
+        alphas_cumprod: [train timesteps].
+        prediction_type: "epsilon" or "v_prediction".
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: Any
+
+
+def noise_schedule(pipeline_dir: str) -> NoiseSchedule:
+    """Reads the schedule that a pipeline's UNet was trained with."""
+    # DDIM's class reads every diffusers scheduler config and applies rescale_betas_zero_snr as training does.
+    scheduler = DDIMScheduler.from_pretrained(pipeline_dir, subfolder="scheduler")
+    return NoiseSchedule(scheduler.alphas_cumprod, scheduler.config["prediction_type"])
+
+
+def empty_text_states(pipeline_dir: str) -> list[list[float]]:
+    """Returns the text encoder's states of the empty caption, [tokens][width]."""
+    parts = load_components(pipeline_dir)
+    return TextEncoder(parts.tokenizer, parts.text_encoder)([""])[0].float().tolist()

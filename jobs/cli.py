@@ -1,0 +1,139 @@
+"""What every job script shares: arguments, the local or remote Ray, and the line of JSON at the end.
+
+    python jobs/<stage>.py CONFIG [key=value ...] [--run-dir URI] [--overwrite]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Hugging Face's progress bars and advice do not belong into a job's log.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+# Ray 2.60 would otherwise warn in every worker that it overrides the accelerators of CPU actors.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+from aptp_ray.artifacts import RunDir, open_run
+from aptp_ray.config import Config, UserError, load_config
+
+_ROOT = Path(__file__).resolve().parent.parent
+DEMO_CONFIG = str(_ROOT / "jobs" / "configs" / "openmoji.yaml")
+
+Stage = Callable[[Config, RunDir], dict[str, Any]]
+
+
+def parser(description: str | None, *, default_config: str | None = None) -> argparse.ArgumentParser:
+    """Returns the arguments that all jobs take."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument(
+        "config", nargs="?" if default_config else None, default=default_config, help="YAML file, e.g. jobs/configs/openmoji.yaml"
+    )
+    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. prune.budget=0.5")
+    arguments.add_argument("--run-dir", help="run directory, any fsspec URI (run_dir of the config)")
+    arguments.add_argument("--overwrite", action="store_true", help="make a stage again that was made with another config")
+    return arguments
+
+
+def load(options: argparse.Namespace) -> Config:
+    """Reads the config with the command line's overrides; a lone ``key=value`` first argument is an override, too."""
+    overrides = list(options.overrides)
+    path = options.config
+    if "=" in path and not Path(path).exists():
+        overrides.insert(0, path)
+        path = DEMO_CONFIG
+    if options.run_dir:
+        overrides.append(f"run_dir={json.dumps(options.run_dir)}")
+    return load_config(path, overrides)
+
+
+@contextmanager
+def ray_session(config: Config) -> Any:
+    """Connects to the cluster that the job runs on, or starts a local one.
+
+    On one machine with few cores, Ray's logical CPUs are set to four at least: Train workers, Data tasks and Serve replicas
+    then share the real cores instead of waiting for one another forever.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        ray.init(log_to_driver=False)
+    else:
+        cores = os.cpu_count() or 1
+        memory = min(2 << 30, _memory() // 5)
+        # Job scripts import their neighbours, and workers must be able to, too.
+        ray.init(
+            num_cpus=max(4, cores),
+            object_store_memory=memory,
+            include_dashboard=False,
+            log_to_driver=os.environ.get("APTP_WORKER_LOGS") == "1",
+            logging_level="warning",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def say(message: str) -> None:
+    """Writes a line for people, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run_stage(name: str, stage: Stage, config: Config, run: RunDir, *, overwrite: bool = False) -> dict[str, Any]:
+    """Runs one stage unless it is done, and records it; returns its manifest entry."""
+    if run.is_done(config, name, overwrite):
+        say(f"{name}: done before, skipped")
+        return run.manifest()["stages"][name]
+    run.prepare(config)
+    say(f"{name}: running")
+    begun = time.monotonic()
+    facts = stage(config, run)
+    seconds = round(time.monotonic() - begun, 1)
+    entry = run.finish(config, name, seconds=seconds, **facts)
+    say(f"{name}: {seconds:.0f} s")
+    return entry
+
+
+def finish(line: dict[str, Any]) -> None:
+    """Prints the line of JSON that ends a job's standard output."""
+    sys.stdout.flush()
+    print(json.dumps(line), flush=True)
+
+
+def main(name: str, stage: Stage, description: str | None) -> None:
+    """The whole of a job that runs one stage."""
+    options = parser(description).parse_args()
+    with errors_on_one_line():
+        config = load(options)
+        run = open_run(config)
+        with ray_session(config):
+            entry = run_stage(name, stage, config, run, overwrite=options.overwrite)
+    figures = {k: v for k, v in entry.items() if k not in {"versions", "config_hash", "finished_at"}}
+    finish({"run_dir": run.uri, "stage": name, **figures})
+
+
+@contextmanager
+def errors_on_one_line() -> Any:
+    """Turns a user's mistake into one line and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        say(f"error: {error}")
+        raise SystemExit(2) from None

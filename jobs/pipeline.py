@@ -1,0 +1,58 @@
+"""Runs all stages in their order and skips those that are done: teacher, encode, prune, assign, finetune, report."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from cli import Stage, errors_on_one_line, finish, load, parser, ray_session, run_stage
+from stages import STAGE_FUNCTIONS
+
+from aptp_ray.artifacts import RunDir, open_run
+from aptp_ray.config import Config
+
+
+def check(config: Config, run: RunDir, *, overwrite: bool = False) -> None:
+    """Refuses what cannot work, before any work: another config's run, missing shards, a budget out of reach."""
+    for name in STAGE_FUNCTIONS:
+        run.is_done(config, name, overwrite)
+    if not run.is_done(config, "encode") and config.data.source.kind == "webdataset":
+        from aptp_ray.data.sources import expand
+
+        for pattern in (config.data.source.train, config.data.source.validation):
+            expand(pattern or "", config.data.source.storage_options)
+    if not run.is_done(config, "prune"):
+        from aptp_ray.train.prune import check_budget
+
+        check_budget(config)
+    run.prepare(config)
+
+
+def run_pipeline(config: Config, run: RunDir, *, overwrite: bool = False) -> dict[str, dict[str, Any]]:
+    """Runs what is left to do and returns every stage's manifest entry."""
+    check(config, run, overwrite=overwrite)
+    stages: dict[str, Stage] = STAGE_FUNCTIONS
+    return {name: run_stage(name, stage, config, run, overwrite=overwrite) for name, stage in stages.items()}
+
+
+def figures(config: Config, run: RunDir) -> dict[str, Any]:
+    """The main figures of a finished run."""
+    routing = run.read_json("routing.json")
+    return {"budget": config.prune.budget, "macs_ratio": round(routing["macs_ratio"], 5), "experts": routing["experts"]}
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    begun = time.monotonic()
+    with errors_on_one_line():
+        config = load(options)
+        run = open_run(config)
+        check(config, run, overwrite=options.overwrite)
+        with ray_session(config):
+            run_pipeline(config, run, overwrite=options.overwrite)
+    seconds = round(time.monotonic() - begun, 1)
+    finish({"run_dir": run.uri, "stage": "pipeline", "seconds": seconds, **figures(config, run)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the whole session, with four logical CPUs whatever the machine has."""
+    import ray
+    import ray.data
+
+    # Workers inherit these. (A runtime_env would do too, but then Ray starts each worker anew instead of reusing them.)
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    ray.init(
+        num_cpus=4,
+        num_gpus=0,
+        object_store_memory=500_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    with warnings.catch_warnings():  # Ray Data warns of its own deprecated fields when it first sets its defaults
+        warnings.simplefilter("ignore", DeprecationWarning)
+        ray.data.DataContext.get_current()
+    yield
+    ray.shutdown()
