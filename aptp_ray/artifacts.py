@@ -104,7 +104,7 @@ class RunDir:
         try:
             return json.loads(self.read_bytes(*parts))
         except ValueError as error:
-            raise RunDirError(f"{self.address(*parts)} is not JSON ({error}): restore it, or choose another run_dir") from error
+            raise RunDirError(f"{self.address(*parts)} is not JSON ({error}): choose another run_dir") from error
 
     # -- directories -----------------------------------------------------------------------------------------------------
 
@@ -183,8 +183,8 @@ class RunDir:
         """Tells whether a stage has finished with this config.
 
         Raises:
-            RunDirError: if it was begun, or it or a stage before it has finished, with another config, and ``overwrite``
-                is not set.
+            RunDirError: if it, or a stage before it, was made with another config and ``overwrite`` is not set; or if it
+                was begun with another config.
         """
         if overwrite:
             return False
@@ -232,7 +232,7 @@ def _file_system(uri: str, storage_options: dict[str, Any]) -> tuple[Any, str]:
 def _replacing_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder beside ``target`` that takes its place when the block ends without an error.
 
-    Two renames on one disk: whatever goes wrong, the old folder stays or comes back whole.
+    Two renames on one disk; after an error in either, the old folder is back in its place.
     """
     for left in target.parent.glob(f".{target.name}.*.tmp"):  # of processes that were killed
         shutil.rmtree(left, ignore_errors=True)

@@ -95,14 +95,14 @@ class Data(Section):
 
 
 class VaeTraining(Section):
-    """Training of a small VAE from scratch (only where the teacher is trained here)."""
+    """A small VAE from scratch (only where the teacher is made here): its encoder is solved for, its decoder trained."""
 
     model: dict[str, Any] = Field(description="arguments of diffusers.AutoencoderKL")
     loop: Loop
     crop: Positive = Field(48, description="pixels of a training crop's side")
-    decoder_only_fraction: Fraction = Field(0.4, description="last part of the steps, with the encoder frozen")
+    encoder_images: Positive = Field(2048, description="of which the encoder's principal components are taken")
+    whitening: float = Field(0.5, ge=0.0, le=1.0, description="power of a component's deviation that it is divided by")
     gradient_weight: float = Field(0.5, ge=0.0, description="of the L1 distance between image gradients")
-    kl_weight: float = Field(1e-3, ge=0.0)
 
 
 class UNetTraining(Section):

@@ -235,11 +235,25 @@ def finetune_expert(config: Config, run_uri: str, expert: int, extra: dict[str, 
     )
 
 
+def report(config: Config, run: RunDir) -> dict[str, Any]:
+    """Draws samples with teacher and experts and writes the page of figures."""
+    from aptp_ray.evaluate.report import build_report
+
+    prompts = list(config.report.prompts or ())
+    if not prompts and config.data.source.kind == "openmoji":
+        from aptp_ray.demo.prompts import SHOWCASE
+
+        count = min(config.report.num_prompts, len(SHOWCASE))
+        # Spread over the showcase, which is sorted by kind of scene.
+        prompts = [SHOWCASE[index * len(SHOWCASE) // count].text for index in range(count)]
+    return build_report(config, run, prompts)
+
+
 STAGE_FUNCTIONS = {
     "teacher": teacher,
     "encode": encode_splits,
     "prune": prune,
     "assign": assign,
     "finetune": finetune,
-    # "report": report,
+    "report": report,
 }

@@ -79,32 +79,35 @@ def encode_split(
     expected = _promised_rows(shards, storage_options) if shards else None
     print(_estimate(encoding, expected, output.address(*parts)), file=sys.stderr, flush=True)
     rows = webdataset(source, storage_options=storage_options) if isinstance(source, str) else ordered(source)
-    encoded = (
-        rows.map_batches(crop_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"resolution": resolution})
-        # Exact batches, whatever the shards' sizes. It also keeps Ray Data from decoding inside of the actors.
-        .repartition(target_num_rows_per_block=batch_size, strict=True)
-        .map_batches(
-            Encoder,
-            fn_constructor_args=(spec,),
-            batch_size=batch_size,
-            batch_format="pyarrow",
-            **_pool(num_actors),
-        )
-    )
-    forget(output, parts)
+    encoded = _encoded(rows, spec, resolution=resolution, batch_size=batch_size, num_actors=num_actors)
+    if not output.is_local:
+        forget(output, parts)  # there, the old rows go first: see `replacing`
     with replacing(output, *parts) as folder:
         sink = EncodedSink(folder, output.storage_options, rows_per_file)
         encoded.write_datasink(sink)
         rejected = [row for result in sink.results for row in result["rejected"]]
-        counts = {
-            "rows_in": sink.rows_in,
-            "rows": sum(result["rows"] for result in sink.results),
-            "rejected": len(rejected),
-        }
+        kept = sum(result["rows"] for result in sink.results)
+        counts = {"rows_in": sink.rows_in, "rows": kept, "rejected": len(rejected)}
         _check_counts(counts, rejected, expected, source)
+        forget(output, parts)
     _write_rejected(output, parts, rejected)
     _remember(output, parts, encoding, counts)
     return {**counts, "encoding": encoding}
+
+
+def _encoded(rows: Dataset, spec: EncoderSpec, *, resolution: int, batch_size: int, num_actors: int | None) -> Dataset:
+    """Raw rows -> lazy rows of ``OUTPUT_SCHEMA``, in the same order."""
+    cropped = rows.map_batches(
+        crop_rows,  # type: ignore[arg-type]  # Ray's type knows no keyword-only arguments
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"resolution": resolution},
+    )
+    # Exact batches, whatever the shards' sizes. It also keeps Ray Data from decoding inside of the actors.
+    batches = cropped.repartition(target_num_rows_per_block=batch_size, strict=True)
+    return batches.map_batches(
+        Encoder, fn_constructor_args=(spec,), batch_size=batch_size, batch_format="pyarrow", **_pool(num_actors)
+    )
 
 
 def _pool(num_actors: int | None) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def _check_counts(counts: dict[str, int], rejected: list[dict[str, str]], expect
     if counts["rows_in"] != counts["rows"] + counts["rejected"]:
         raise RuntimeError(f"rows were lost while encoding {name}: {counts}")
     if not counts["rows"]:
-        reasons = "; ".join(dict.fromkeys(row[REASON] for row in rejected[:100])) or "it has no rows"
+        reasons = "; ".join(list(dict.fromkeys(row[REASON] for row in rejected))[:3]) or "it has no rows"
         raise ValueError(f"no row of {name} could be encoded: {reasons}")
     if expected is not None and expected != counts["rows_in"]:
         print(f"warning: {name} has {counts['rows_in']} rows, its *_stats.json files say {expected}", file=sys.stderr)
@@ -171,7 +174,7 @@ def forget(output: RunDir, parts: tuple[str, ...]) -> None:
 
 def _remember(output: RunDir, parts: tuple[str, ...], encoding: Encoding, counts: dict[str, int]) -> None:
     where = (*parts[:-1], ENCODING_FILE)
-    splits = {}
+    splits: dict[str, Any] = {}
     if output.exists(*where):
         old = output.read_json(*where)
         # Splits made by other encoders do not belong together; those rows have to be made again.

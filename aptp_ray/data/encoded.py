@@ -11,7 +11,7 @@ import pyarrow.dataset as pds
 import pyarrow.fs as pafs
 import ray
 from ray.data import Dataset
-from ray.data.datasource.partitioning import Partitioning
+from ray.data.datasource.partitioning import Partitioning, PartitionStyle
 
 from aptp_ray.artifacts import RunDir, RunDirError
 from aptp_ray.data.schema import (
@@ -89,7 +89,9 @@ def read_encoded(run: RunDir, *parts: str, columns: Sequence[str] | None = None)
     """
     # EXPERT stands in the folder's name alone; a run directory's own path is never taken for a partition.
     assigned = parts[0] == "assigned"
-    partitioning = Partitioning("hive", base_dir=run.path(parts[0]), field_types={EXPERT: int}) if assigned else None
+    partitioning = (
+        Partitioning(PartitionStyle.HIVE, base_dir=run.path(parts[0]), field_types={EXPERT: int}) if assigned else None
+    )
     rows = ray.data.read_parquet(
         files_of(run, *parts), filesystem=arrow_filesystem(run), partitioning=partitioning, shuffle=None
     )

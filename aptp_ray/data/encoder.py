@@ -191,11 +191,9 @@ def _component(folder: Path, name: str) -> Any:
             "tokenizer": ("transformers", "AutoTokenizer"),
         }
     if (index.get("text_encoder_2") or (None,))[0]:
-        raise ValueError(
-            f"{folder} has two text encoders; pipelines with one (Stable Diffusion 1.x, 2.x) can be encoded"
-        )
+        raise ValueError(f"{folder} has two text encoders; pipelines with one (Stable Diffusion 1.x, 2.x) can be encoded")
     library, class_name = index.get(name) or (None, None)
-    if library not in ("diffusers", "transformers"):
+    if class_name is None or library not in ("diffusers", "transformers"):
         raise ValueError(f"{file} names no {name} of diffusers or transformers (it says {library!r})")
     return getattr(import_module(library), class_name)
 

@@ -41,9 +41,7 @@ def crop_rows(rows: pa.Table, *, resolution: int) -> pa.Table:
     reasons = filled[REASON].to_pylist()
     cropped: list[bytes | None] = []
     for index, image in enumerate(BlockAccessor.for_block(rows.select([IMAGE])).to_numpy(IMAGE)):
-        if not reasons[index] and not (
-            image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size
-        ):
+        if not reasons[index] and not (image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size):
             reasons[index] = _NOT_AN_IMAGE
         cropped.append(None if reasons[index] else _crop(image, resolution))
     return pa.table(filled | {REASON: pa.array(reasons, pa.string()), IMAGE: pa.array(cropped, pa.binary())})

@@ -115,7 +115,7 @@ def webdataset(pattern: str, *, storage_options: dict[str, Any] | None = None) -
     # One block, hence one task and one sequential read, a shard.
     rows = ordered(ray.data.from_items([{SHARD: shard} for shard in shards], override_num_blocks=len(shards)))
     return rows.map_batches(
-        _read_shards,
+        _read_shards,  # type: ignore[arg-type]  # Ray's type knows no keyword-only arguments
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"storage_options": storage_options or {}},
@@ -256,9 +256,7 @@ def _image(members: dict[str, bytes]) -> np.ndarray:
         # Only the formats named above are tried, whatever the bytes claim to be.
         with Image.open(io.BytesIO(data), formats=tuple(dict.fromkeys(_IMAGES.values()))) as image:
             return np.asarray(_opaque(ImageOps.exif_transpose(image)))
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise nearly anything on damaged files (SyntaxError, struct.error, ...)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files (SyntaxError, struct.error, ...)
         raise _Unusable(f"image is unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 

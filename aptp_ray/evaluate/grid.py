@@ -79,7 +79,10 @@ def grid_of(
     top = _MARGIN + (34 if title else 0)
     sheet = Image.new(
         "RGB",
-        (left + columns * side + (columns - 1) * _GUTTER + _MARGIN, top + sum(heights) + _GUTTER * (len(rows) - 1) + _MARGIN),
+        (
+            left + columns * side + (columns - 1) * _GUTTER + _MARGIN,
+            top + sum(heights) + _GUTTER * (len(rows) - 1) + _MARGIN,
+        ),
         _GROUND,
     )
     draw = ImageDraw.Draw(sheet)
@@ -96,7 +99,12 @@ def grid_of(
 
 
 def _cell(
-    stack: list[Image.Image], caption: str, note: str, color: str | None, side: int, fonts: Sequence[ImageFont.ImageFont]
+    stack: list[Image.Image],
+    caption: str,
+    note: str,
+    color: str | None,
+    side: int,
+    fonts: Sequence[ImageFont.ImageFont],
 ) -> Image.Image:
     """One cell: its images, framed by a hairline (their ground is often white), caption and note under them."""
     lines = wrap(caption, side, fonts[0])

@@ -42,9 +42,7 @@ class Control:
     deviation: float
 
 
-def shuffled_control(
-    left: Sequence[Hashable], right: Sequence[Hashable], *, seed: int, rounds: int = 20
-) -> Control:
+def shuffled_control(left: Sequence[Hashable], right: Sequence[Hashable], *, seed: int, rounds: int = 20) -> Control:
     """Normalized mutual information after shuffling one side: small samples have some by chance.
 
     Raises:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from PIL import Image
 
-from aptp_ray.evaluate.grid import enlarge, expert_color
+from aptp_ray.evaluate.grid import expert_color
 from aptp_ray.evaluate.style import CSS
+from aptp_ray.evaluate.widgets import bar, dot, duration, inline, section, si, span, table
 
 _KINDS = {
     "resnet": "ResNet groups",
@@ -19,8 +18,6 @@ _KINDS = {
     "feed_forward": "feed-forward chunks",
     "depth": "whole blocks",
 }
-# A page shows images at this size; larger ones are scaled down and stored as JPEG, which keeps the file small.
-_SIDE = 256
 
 
 def render_page(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Image.Image]]) -> str:
@@ -32,12 +29,12 @@ def render_page(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Imag
     """
     sections = [
         _header(figures),
-        _section("Samples", _samples_note(figures), _samples(figures, pairs)),
-        _section("Experts", _experts_note(figures), _experts(figures)),
-        _section("What decides the route", _routing_note(figures), _routing(figures)),
-        _section("Where the compute goes", _sites_note(), _sites(figures)),
-        _section("How alike the experts are", "Share of entries in which two experts' codes agree.", _overlap(figures)),
-        _section("How it was made", "", _made(figures)),
+        section("Samples", _samples_note(figures), _samples(figures, pairs)),
+        section("Experts", _experts_note(figures), _experts(figures)),
+        section("What decides the route", _routing_note(figures), _routing(figures)),
+        section("Where the compute goes", _sites_note(), _sites(figures)),
+        section("How alike the experts are", "Share of entries in which two experts' codes agree.", _overlap(figures)),
+        section("How it was made", "", _made(figures)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -47,17 +44,22 @@ def render_page(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Imag
     )
 
 
-def _section(title: str, note: str, body: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{f'<p class=note>{note}</p>' if note else ''}\n{body}\n</section>\n"
-
-
 def _header(figures: dict[str, Any]) -> str:
     count, label = len(figures["experts"]), figures["routing"]["labels"][0]
     agree = figures["routing"]["captions"]["all_agree"]
     tiles = [
-        (f"{figures['macs_ratio']:.1%}", f"of the teacher's MACs per image, by traffic (budget {figures['budget']:.0%})"),
-        (str(count), f"expert{'s' * (count != 1)}, {_span([e['macs_ratio'] for e in figures['experts']])} of the teacher each"),
-        (f"{label['information']:.2f}", f"mutual information of expert and {escape(label['label'])} (shuffled: {label['shuffled']:.2f})"),
+        (
+            f"{figures['macs_ratio']:.1%}",
+            f"of the teacher's MACs per image, by traffic (budget {figures['budget']:.0%})",
+        ),
+        (
+            str(count),
+            f"expert{'s' * (count != 1)}, {span([e['macs_ratio'] for e in figures['experts']])} of the teacher each",
+        ),
+        (
+            f"{label['information']:.2f}",
+            f"mutual information of expert and {escape(label['label'])} (shuffled: {label['shuffled']:.2f})",
+        ),
     ]
     if agree is not None:
         tiles.append((f"{agree:.0%}", "of images have all their captions routed to one expert"))
@@ -65,8 +67,8 @@ def _header(figures: dict[str, Any]) -> str:
     return (
         f"<header>\n<p class=eyebrow>APTP report</p>\n<h1>{escape(figures['name'])}</h1>\n"
         f"<p class=lead>A mixture of {count} pruned expert{'s' * (count != 1)} in place of one teacher "
-        f"({escape(figures['teacher']['source'])}, {_si(figures['teacher']['counted_macs'])} MACs, "
-        f"{_si(figures['teacher']['parameters'])} parameters). Every prompt goes to one expert.</p>\n"
+        f"({escape(figures['teacher']['source'])}, {si(figures['teacher']['counted_macs'])} MACs, "
+        f"{si(figures['teacher']['parameters'])} parameters). Every prompt goes to one expert.</p>\n"
         f"<div class=tiles>{boxes}</div>\n</header>\n"
     )
 
@@ -92,23 +94,12 @@ def _samples(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Image.I
         prompt, index = escape(sample["prompt"]), sample["expert"]
         distance = "identical" if sample["psnr"] is None else f"{sample['psnr']:.1f} dB"
         cards.append(
-            f'<figure title="seed {sample["seed"]}, {distance}"><div class=pair><img src="{_inline(teacher)}" alt="{prompt}, teacher">'
-            f'<img src="{_inline(expert)}" alt="{prompt}, expert {index}"></div>'
-            f"<figcaption>{prompt}<small>{_dot(index)}expert {index}, {figures['experts'][index]['macs_ratio']:.0%} MACs</small>"
+            f'<figure title="seed {sample["seed"]}, {distance}"><div class=pair><img src="{inline(teacher)}" alt="{prompt}, teacher">'
+            f'<img src="{inline(expert)}" alt="{prompt}, expert {index}"></div>'
+            f"<figcaption>{prompt}<small>{dot(index)}expert {index}, {figures['experts'][index]['macs_ratio']:.0%} MACs</small>"
             "</figcaption></figure>"
         )
     return f"<div class=gallery>{''.join(cards)}</div>"
-
-
-def _inline(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    if max(image.size) > _SIDE:
-        enlarge(image, _SIDE).save(buffer, "JPEG", quality=88)
-        kind = "jpeg"
-    else:
-        image.convert("RGB").save(buffer, "PNG", optimize=True)
-        kind = "png"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------------
@@ -117,7 +108,9 @@ def _inline(image: Image.Image) -> str:
 def _experts_note(figures: dict[str, Any]) -> str:
     height, width = figures["counted_at"]["latent_size"]
     equal = all(expert["macs"] == expert["counted_macs"] for expert in figures["experts"])
-    verdict = "The two agree to the integer for every expert." if equal else "<strong>They do not agree for every expert.</strong>"
+    verdict = (
+        "The two agree to the integer for every expert." if equal else "<strong>They do not agree for every expert.</strong>"
+    )
     return (
         f"MACs of one step for one image, at {height} &times; {width} latents and {figures['counted_at']['num_tokens']} tokens: "
         f"by the formula from the expert's code, and counted on the UNet in the run directory. {verdict}"
@@ -129,18 +122,26 @@ def _experts(figures: dict[str, Any]) -> str:
     head = "".join(
         f"<th{'' if i else ' class=name'}>{text}</th>"
         for i, text in enumerate(
-            ["", "MACs, formula", "MACs, counted", "of the teacher", "parameters", "validation prompts", "training rows"]
+            [
+                "",
+                "MACs, formula",
+                "MACs, counted",
+                "of the teacher",
+                "parameters",
+                "validation prompts",
+                "training rows",
+            ]
         )
     )
-    rows = [_expert_row("teacher", teacher, [f"{1:.1%}", _si(teacher["parameters"]), "", ""])]
+    rows = [_expert_row("teacher", teacher, [f"{1:.1%}", si(teacher["parameters"]), "", ""])]
     for expert in figures["experts"]:
         cells = [
-            f"{_bar(expert['macs_ratio'], expert_color(expert['id']))}{expert['macs_ratio']:.1%}",
-            _si(expert["parameters"]),
+            f"{bar(expert['macs_ratio'], expert_color(expert['id']))}{expert['macs_ratio']:.1%}",
+            si(expert["parameters"]),
             f"{expert['share']:.1%} <small>({expert['validation_prompts']:,})</small>",
             f"{expert['rows']:,}",
         ]
-        rows.append(_expert_row(f"{_dot(expert['id'])}expert {expert['id']}", expert, cells))
+        rows.append(_expert_row(f"{dot(expert['id'])}expert {expert['id']}", expert, cells))
     mixture = f"<td colspan=2></td><td>{figures['macs_ratio']:.1%}</td><td></td><td>100%</td><td></td>"
     return (
         f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}"
@@ -172,7 +173,7 @@ def _routing_note(figures: dict[str, Any]) -> str:
 def _routing(figures: dict[str, Any]) -> str:
     labels = figures["routing"]["labels"]
     rows = "".join(
-        f"<tr><td class=name>{escape(label['label'])}</td><td>{label['values']}</td><td>{_bar(label['information'])}{label['information']:.3f}</td>"
+        f"<tr><td class=name>{escape(label['label'])}</td><td>{label['values']}</td><td>{bar(label['information'])}{label['information']:.3f}</td>"
         f"<td>{label['shuffled']:.3f} <small>&plusmn; {label['shuffled_deviation']:.3f}</small></td></tr>"
         for label in labels
     )
@@ -180,10 +181,13 @@ def _routing(figures: dict[str, Any]) -> str:
         "<div class=wide><table class=narrow><thead><tr><th class=name>label</th><th>values</th><th>mutual information with the expert, "
         f"normalized</th><th>labels shuffled</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    legend = "".join(f"<span>{_dot(expert['id'])}expert {expert['id']}</span>" for expert in figures["experts"])
+    legend = "".join(f"<span>{dot(expert['id'])}expert {expert['id']}</span>" for expert in figures["experts"])
     bars = "".join(
         f"<div class=stack><span>{escape(str(value)) or '(none)'}</span><div>{_stacked(counts)}</div><small>{sum(counts):,}</small></div>"
-        for value, counts in [*labels[0]["counts"].items(), ("all", [e["validation_prompts"] for e in figures["experts"]])]
+        for value, counts in [
+            *labels[0]["counts"].items(),
+            ("all", [e["validation_prompts"] for e in figures["experts"]]),
+        ]
     )
     return f"{table}<h3>Where each {escape(labels[0]['label'])} goes</h3><p class=legend>{legend}</p>{bars}"
 
@@ -199,9 +203,9 @@ def _stacked(counts: list[int]) -> str:
 
 def _overlap(figures: dict[str, Any]) -> str:
     matrix = figures["routing"]["overlap"]
-    head = "".join(f"<th>{_dot(i)}{i}</th>" for i in range(len(matrix)))
+    head = "".join(f"<th>{dot(i)}{i}</th>" for i in range(len(matrix)))
     rows = "".join(
-        f"<tr><td class=name>{_dot(i)}expert {i}</td>"
+        f"<tr><td class=name>{dot(i)}expert {i}</td>"
         + "".join("<td>&ndash;</td>" if i == j else f"<td>{value:.1%}</td>" for j, value in enumerate(row))
         + "</tr>"
         for i, row in enumerate(matrix)
@@ -228,13 +232,15 @@ def _sites(figures: dict[str, Any]) -> str:
     blocks["not prunable"] = fixed
     axis = "".join(f'<span style="width:{macs / total:.4%}" title="{name}">{name}</span>' for name, macs in blocks.items())
     strips = "".join(
-        f"<div class=strip><span>{_dot(expert['id'])}expert {expert['id']}<small>{expert['macs_ratio']:.1%}</small></span>"
+        f"<div class=strip><span>{dot(expert['id'])}expert {expert['id']}<small>{expert['macs_ratio']:.1%}</small></span>"
         f"{_strip(sites, fixed, total, expert['id'])}</div>"
         for expert in figures["experts"]
     )
     legend = "".join(f"<span><i class='dot {kind}'></i>{name}</span>" for kind, name in _KINDS.items())
     legend += "<span><i class='dot fixed'></i>not prunable</span>"
-    return f"<p class=legend>{legend}</p>{strips}<div class='strip axis'><span></span><div>{axis}</div></div>{_kept(figures)}"
+    return (
+        f"<p class=legend>{legend}</p>{strips}<div class='strip axis'><span></span><div>{axis}</div></div>{_kept(figures)}"
+    )
 
 
 def _strip(sites: list[dict[str, Any]], fixed: int, total: int, expert: int) -> str:
@@ -256,8 +262,10 @@ def _kept(figures: dict[str, Any]) -> str:
     kinds = [kind for kind in _KINDS if kind in figures["experts"][0]["kept"]]
     head = "".join(f"<th>{_KINDS[kind]}</th>" for kind in kinds)
     rows = "".join(
-        f"<tr><td class=name>{_dot(expert['id'])}expert {expert['id']}</td>"
-        + "".join(f"<td>{_bar(expert['kept'][kind], expert_color(expert['id']))}{expert['kept'][kind]:.0%}</td>" for kind in kinds)
+        f"<tr><td class=name>{dot(expert['id'])}expert {expert['id']}</td>"
+        + "".join(
+            f"<td>{bar(expert['kept'][kind], expert_color(expert['id']))}{expert['kept'][kind]:.0%}</td>" for kind in kinds
+        )
         + "</tr>"
         for expert in figures["experts"]
     )
@@ -278,7 +286,7 @@ def _block(name: str) -> str:
 
 def _made(figures: dict[str, Any]) -> str:
     stages = "".join(
-        f"<tr><td class=name>{escape(stage['name'])}</td><td>{_duration(stage['seconds'])}</td><td>{escape(stage['finished_at'])}</td></tr>"
+        f"<tr><td class=name>{escape(stage['name'])}</td><td>{duration(stage['seconds'])}</td><td>{escape(stage['finished_at'])}</td></tr>"
         for stage in figures["stages"]
     )
     stages = stages or "<tr><td class=name>no stage is recorded in manifest.json</td><td></td><td></td></tr>"
@@ -287,32 +295,3 @@ def _made(figures: dict[str, Any]) -> str:
         "<div class=wide><table class=narrow><thead><tr><th class=name>stage</th><th>took</th><th>finished</th></tr></thead>"
         f"<tbody>{stages}</tbody></table></div><p class=note>{packages}</p>"
     )
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def _dot(expert: int) -> str:
-    return f'<i class=dot style="background:{expert_color(expert)}"></i>'
-
-
-def _bar(share: float, color: str = "currentColor") -> str:
-    return f'<i class=bar><i style="width:{min(share, 1.0):.2%};background:{color}"></i></i>'
-
-
-def _span(values: list[float]) -> str:
-    low, high = f"{min(values):.0%}", f"{max(values):.0%}"
-    return low if low == high else f"{low.rstrip('%')} to {high}"
-
-
-def _si(count: int) -> str:
-    """1,234,567 -> 1.23 M."""
-    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)

@@ -246,11 +246,19 @@ def _summary(figures: dict[str, Any]) -> dict[str, Any]:
     return {
         "macs_ratio": round(figures["macs_ratio"], 5),
         "budget": figures["budget"],
-        "information": {"label": first["label"], "value": round(first["information"], 4), "shuffled": round(first["shuffled"], 4)},
+        "information": {
+            "label": first["label"],
+            "value": round(first["information"], 4),
+            "shuffled": round(first["shuffled"], 4),
+        },
         "captions_agree": figures["routing"]["captions"]["all_agree"],
         "psnr": figures["similarity"]["psnr"],
         "experts": [
-            {"macs_ratio": round(e["macs_ratio"], 4), "share": round(e["share"], 4), "counted": e["macs"] == e["counted_macs"]}
+            {
+                "macs_ratio": round(e["macs_ratio"], 4),
+                "share": round(e["share"], 4),
+                "counted": e["macs"] == e["counted_macs"],
+            }
             for e in figures["experts"]
         ],
         "page": "report/index.html",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from aptp_ray.artifacts import RunDir, resolve_source
 from aptp_ray.config import Config, ConfigError
 from aptp_ray.core.objective import FinetuneObjective
-from aptp_ray.core.pretraining import VaeObjective, fold_latent_statistics
+from aptp_ray.core.pretraining import VaeObjective, solve_encoder
 from aptp_ray.core.randomness import key_seed, keyed_generator
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
@@ -28,16 +27,17 @@ from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
 
 
 def vae_worker(settings: dict[str, Any]) -> None:
-    """Trains the VAE on crops and writes ``teacher_vae``, its latents normalised per channel."""
+    """Solves for the VAE's encoder, trains its decoder on crops, and writes ``teacher_vae``."""
     worker = Worker.start(settings)
     spec = worker.config.teacher.vae
     assert spec is not None
-    torch.manual_seed(key_seed(spec.loop.seed, "vae", "init"))  # diffusers' modules draw their start from global state
-    vae = AutoencoderKL(**spec.model)
     loop = spec.loop
-    freeze_at = round(loop.steps * (1 - spec.decoder_only_fraction))
-    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+    torch.manual_seed(key_seed(loop.seed, "vae", "init"))  # diffusers' modules draw their start from global state
+    vae = AutoencoderKL(**spec.model)
+    whole = first_images(spec.encoder_images)
+    solve_encoder(vae, whole, whitening=spec.whitening)
+    side = spec.crop // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    latent_shape = (loop.global_batch_size, vae.config["latent_channels"], side, side)
 
     def inputs(rows: Rows, step: int, mine: slice) -> dict[str, Any]:
         images = to_signed(rows[schema.IMAGE])
@@ -45,42 +45,40 @@ def vae_worker(settings: dict[str, Any]) -> None:
         room = images.shape[-1] - spec.crop
         corners = torch.randint(0, room + 1, (loop.global_batch_size, 2), generator=generator)[mine]
         crops = [image[:, y : y + spec.crop, x : x + spec.crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
-        side = spec.crop // 2 ** (len(vae.config["block_out_channels"]) - 1)
-        noise = torch.randn(loop.global_batch_size, vae.config["latent_channels"], side, side, generator=generator)[mine]
-        # Not channels_last, which a stack of permuted images would be: a CPU takes three times as long in it.
-        images = torch.stack(crops).contiguous(memory_format=torch.contiguous_format)
-        return {"images": images, "noise": noise, "decoder_only": step >= freeze_at}
+        noise = torch.randn(latent_shape, generator=generator)[mine]
+        # Not channels_last, which a stack of permuted images would be: it is slower on a CPU.
+        return {"images": torch.stack(crops).contiguous(memory_format=torch.contiguous_format), "noise": noise}
 
     def save(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
-        assert isinstance(module, VaeObjective)
-        figures = latent_figures(module.vae, ray.train.get_dataset_shard("train"))
+        vae.eval()
         with worker.run.writing("teacher_vae") as folder:
-            module.vae.save_pretrained(folder)
-        return figures
+            vae.save_pretrained(folder)
+        return {"psnr_db": reconstruction_psnr(vae, whole[:512])}
 
+    objective = VaeObjective(vae, gradient_weight=spec.gradient_weight)
     parts = Parts(
-        module=VaeObjective(vae, gradient_weight=spec.gradient_weight, kl_weight=spec.kl_weight),
-        groups=[{"params": encoder}, {"params": decoder}],
+        module=objective,
+        groups=[{"params": [p for p in vae.parameters() if p.requires_grad]}],
         inputs=inputs,
         decode=lambda rows: rows,
         save=save,
-        lr_scale=lambda step, group: 0.0 if group == 0 and step >= freeze_at else 1.0,
     )
     worker.train(parts, loop)
 
 
-def latent_figures(vae: AutoencoderKL, iterator: Any, images: int = 1024) -> dict[str, float]:
-    """Normalises the VAE's latents over some whole images, and measures what it loses on them (PSNR in dB)."""
-    batches = iterator.iter_batches(batch_size=128, batch_format="numpy")
-    pixels = torch.cat([to_signed(batch[schema.IMAGE]) for batch in islice(batches, images // 128)])
+def first_images(count: int) -> Tensor:
+    """Returns the first training images, [n, 3, height, width] in [-1, 1]."""
+    stream = ray.train.get_dataset_shard("train").iter_batches(batch_size=count, batch_format="numpy")
+    return to_signed(next(iter(stream))[schema.IMAGE])
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> float:
+    """Returns the mean PSNR in dB of decoding what was encoded."""
     device = next(vae.parameters()).device
-    vae.eval()
-    with torch.no_grad():
-        means = torch.cat([vae.encode(chunk.to(device)).latent_dist.mean for chunk in pixels.split(128)])
-        fold_latent_statistics(vae, means.mean((0, 2, 3)), means.std((0, 2, 3)))
-        decoded = [vae.decode(vae.encode(chunk.to(device)).latent_dist.mean).sample.cpu() for chunk in pixels.split(128)]
-    error = (torch.cat(decoded).clamp(-1, 1) - pixels).square().mean((1, 2, 3))
-    return {"psnr_db": round((10 * torch.log10(4.0 / error)).mean().item(), 2)}
+    decoded = [vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in images.split(64)]
+    error = (torch.cat(decoded).clamp(-1, 1) - images).square().mean((1, 2, 3))
+    return round((10 * torch.log10(4.0 / error.clamp_min(1e-9))).mean().item(), 2)
 
 
 def to_signed(images: np.ndarray) -> Tensor:

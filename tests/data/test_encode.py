@@ -57,9 +57,7 @@ def test_no_row_is_lost(run: RunDir, shards: Shards) -> None:
 
 def test_rows_are_complete_ordered_and_of_the_contract(run: RunDir, shards: Shards) -> None:
     files = sorted(Path(run.path("encoded", "train")).iterdir())
-    assert [file.name for file in files] == [f"part-{index:06d}.parquet" for index in range(len(files))] and len(
-        files
-    ) > 1
+    assert [file.name for file in files] == [f"part-{index:06d}.parquet" for index in range(len(files))] and len(files) > 1
     assert pq.read_schema(files[0]).names == list(ENCODED)
     rows = read_encoded(run, "encoded", "train", columns=[KEY, CAPTION]).take_all()
     assert [row[KEY] for row in rows] == shards.keys
@@ -101,9 +99,7 @@ def test_text_states_are_the_pipelines_own(any_pipeline_dir: Path) -> None:
     names, images = pa.array(["a", "b", "c"]), [np.full((RESOLUTION, RESOLUTION, 3), 9, dtype=np.uint8)] * 3
     table = pa.table({KEY: names, CAPTION: captions, IMAGE: ArrowVariableShapedTensorArray.from_numpy(images)})
     encoded = Encoder(EncoderSpec(str(any_pipeline_dir), MINILM))(crop_rows(table, resolution=RESOLUTION))
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        any_pipeline_dir, safety_checker=None, requires_safety_checker=False
-    )
+    pipeline = StableDiffusionPipeline.from_pretrained(any_pipeline_dir, safety_checker=None, requires_safety_checker=False)
     for index, caption in enumerate(captions):
         with torch.no_grad():
             expected = pipeline.encode_prompt(caption, "cpu", 1, False)[0][0]

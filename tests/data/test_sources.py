@@ -104,9 +104,7 @@ def test_formats_are_decoded_as_they_look(tmp_path: Path) -> None:
         "dir.x/e.png": gray.getvalue(),
         "f.png": gif.getvalue(),  # no decoder but the four is tried, whatever the name says
     }
-    members = [
-        item for name, data in images.items() for item in ((name, data), (name.rsplit(".", 1)[0] + ".txt", b"t"))
-    ]
+    members = [item for name, data in images.items() for item in ((name, data), (name.rsplit(".", 1)[0] + ".txt", b"t"))]
     write_tar(tmp_path / "formats.tar", members)
     rows = {row[KEY]: row for row in read_shard(f"{tmp_path}/formats.tar")}
     assert list(rows) == ["a", "b", "c", "d", "dir.x/e", "f"]

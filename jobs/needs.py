@@ -1,0 +1,80 @@
+"""Prints whether kinds of prompts differ in what they need of the teacher: python jobs/needs.py CONFIG (after encode).
+
+Takes minutes: it closes every entry of the teacher on samples of every kind. Writes evaluation/needs.json.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pyarrow.dataset as pds
+import torch
+from cli import errors_on_one_line, finish, load, parser, say
+
+from aptp_ray.artifacts import open_run
+from aptp_ray.data import schema
+from aptp_ray.encoding import Encoding, unpack
+from aptp_ray.tracking import Progress
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--kinds", default="line,color,recolor,count-color,pair-color", help="values of the group column")
+    arguments.add_argument("--samples", type=int, default=8, help="of each kind, for importances; even")
+    options = arguments.parse_args()
+    begun = time.monotonic()
+    with errors_on_one_line():
+        config = load(options)
+        run = open_run(config)
+        from diffusers import UNet2DConditionModel
+
+        from aptp_ray.core.gates import GatedUNet
+        from aptp_ray.core.macs import MacsModel
+        from aptp_ray.evaluate.needs import KindSamples, measure_needs
+        from aptp_ray.train.worker import fast_attention, noise_schedule
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        encoding = Encoding.from_json(run.read_json("encoded", "encoding.json"))
+        files = sorted(run.fs.glob(run.path("encoded", "validation", "*.parquet")))
+        rows = pds.dataset(files, filesystem=run.fs).to_table(columns=[schema.GROUP, schema.LATENT_MEAN, schema.TEXT_STATES])
+        groups = np.array(rows.column(schema.GROUP).to_pylist())
+        kinds = {}
+        for kind in options.kinds.split(","):
+            part = rows.take(np.flatnonzero(groups == kind)[:64])
+            latents, states = (
+                torch.from_numpy(unpack(part.column(name).to_pylist(), shape).astype(np.float32))
+                for name, shape in ((schema.LATENT_MEAN, encoding.latent_shape), (schema.TEXT_STATES, encoding.text_shape))
+            )
+            kinds[kind] = KindSamples(latents, states)
+        teacher = run.local("teacher")
+        unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
+        macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.text_shape[0])
+        gated = GatedUNet(fast_attention(unet, torch.device("cpu")).eval())
+        bars: dict[str, Progress] = {}
+
+        def progress(kind: str, done: int, total: int) -> None:
+            bars.setdefault(kind, Progress(kind, total, unit="rows")).update(done)
+
+        needs = measure_needs(
+            gated,
+            macs,
+            kinds,
+            alphas_cumprod=noise_schedule(teacher).alphas_cumprod,
+            importance_samples=options.samples,
+            progress=progress,
+        )
+        run.write_json(needs, "evaluation", "needs.json")
+    say("rank correlation of importances between kinds (within a kind, between its halves):")
+    for pair, value in needs["between"].items():
+        a, b = pair.split(" | ")
+        say(f"  {a:>12} | {b:<12} {value:.3f}   ({a} {needs['within'][a]:.3f}, {b} {needs['within'][b]:.3f})")
+    say("teacher-match error of one static code, by kind:")
+    for budget, errors in needs["error"].items():
+        say(f"  at {budget} of the MACs: " + ", ".join(f"{kind} {value:.4f}" for kind, value in errors.items()))
+    finish({"run_dir": run.uri, "stage": "needs", "seconds": round(time.monotonic() - begun, 1), **needs})
+
+
+if __name__ == "__main__":
+    main()

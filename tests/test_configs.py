@@ -1,0 +1,219 @@
+"""The configuration tree: shipped files load, wrong ones are refused on one line, hashes change when they should."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from aptp_ray.config import STAGES, Config, ConfigError, load_config, parse_config, stage_hash
+
+CONFIGS = Path(__file__).resolve().parents[1] / "jobs" / "configs"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """The least tree that is a config."""
+    data = {"source": {"kind": "webdataset", "train": "a.tar", "validation": "b.tar"}}
+    return {"run_dir": "runs/x", "data": data, "teacher": {"source": "somewhere"}} | changes
+
+
+def write(folder: Path, tree: Any) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text
+    return text
+
+
+# -- shipped files -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_expected_configs_are_shipped() -> None:
+    assert {path.stem for path in SHIPPED} >= {"openmoji", "openmoji_teacher", "sd21_cc3m", "sd21_coco"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_and_round_trips(path: Path) -> None:
+    config = load_config(path)
+    again = parse_config(yaml.safe_load(config.to_yaml()))
+    assert again == config
+    assert {stage: stage_hash(again, stage) for stage in STAGES} == {stage: stage_hash(config, stage) for stage in STAGES}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_global_batches_divide_among_the_workers(path: Path) -> None:
+    config = load_config(path)
+    loops = [config.prune.loop, config.finetune.apart, config.finetune.shared]
+    loops += [part.loop for part in (config.teacher.vae, config.teacher.unet) if part]
+    for loop in filter(None, loops):
+        assert loop.global_batch_size % (loop.workers or config.compute.workers) == 0
+
+
+@pytest.mark.parametrize("name", ["sd21_cc3m", "sd21_coco"])
+def test_the_reference_schedule(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    prune, finetune = config.prune, config.finetune
+    assert (config.data.resolution, prune.loop.steps, finetune.apart.steps) == (256, 5000, 30_000)
+    peak = 2e-4 * math.sqrt(prune.loop.global_batch_size)
+    assert prune.predictor_lr == pytest.approx(peak, rel=0.01) and prune.code_lr == pytest.approx(peak, rel=0.01)
+    assert finetune.apart.optimizer.lr == pytest.approx(1e-5 * math.sqrt(finetune.apart.global_batch_size), rel=0.01)
+    weights = tuple(finetune.weights.model_dump().values())
+    assert weights == {"sd21_cc3m": (0.01, 0.5, 0.5), "sd21_coco": (1.0, 0.2, 0.2)}[name]
+    assert config.router.prompt_encoder.endswith("all-mpnet-base-v2")
+
+
+@pytest.mark.parametrize("name", ["sd21_cc3m", "sd21_coco"])
+def test_the_storage_estimate_is_the_formula(name: str) -> None:
+    """Bytes of a row: two half-float latents, half-float text states, a float z, as data/schema.py stores them."""
+    side = load_config(CONFIGS / f"{name}.yaml").data.resolution // 8  # the VAE's factor
+    text, latents, z = 77 * 1024 * 2, 2 * 4 * side * side * 2, 768 * 4  # SD 2.1: 77 tokens of width 1024; z of mpnet: 768
+    comment = (CONFIGS / f"{name}.yaml").read_text()
+    assert f"{text / 1e3:.0f} kB" in comment and f"{(text + latents + z) / 1e3:.0f} kB" in comment
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tree", "named"),
+    [
+        (small(colour="red"), "colour"),
+        (small(prune={"budgett": 0.5}), "prune.budgett"),
+        (small(prune={"budget": 1.5}), "prune.budget"),
+        (small(prune={"budget": 0}), "prune.budget"),
+        (small(prune={"loop": {"steps": "many"}}), "prune.loop.steps"),
+        (small(prune={"loop": {"optimizer": {"schedule": "linear"}}}), "prune.loop.optimizer.schedule"),
+        (small(serve={"port": 70000}), "serve.port"),
+        (small(teacher={}), "teacher.source"),
+        (small(teacher={"source": None, "unet": None}), "teacher.source"),
+        (small(data={"source": {"kind": "webdataset"}}), "data.source.train"),
+        ({key: value for key, value in small().items() if key != "data"}, "data"),
+        ({key: value for key, value in small().items() if key != "run_dir"}, "run_dir"),
+        ("", "data"),
+        ("- a\n- b\n", "list"),
+        ("run_dir: [unclosed\n", "not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_on_one_line_that_names_the_key(tmp_path: Path, tree: Any, named: str) -> None:
+    path = write(tmp_path, tree)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    text = one_line(error)
+    assert named in text and str(path) in text
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "none.yaml")
+    assert "none.yaml" in one_line(error)
+
+
+def test_several_mistakes_are_all_named(tmp_path: Path) -> None:
+    path = write(tmp_path, small(prune={"budget": 2}, router={"experts": 0}))
+    with pytest.raises(ConfigError, match=r"router\.experts.*prune\.budget|prune\.budget.*router\.experts"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("prune.budget", "key=value"),
+        ("=3", "key=value"),
+        ("prune.budget=lots", "prune.budget"),
+        ("prune.budge=0.5", "prune.budge"),
+        ("run_dir.sub=1", "run_dir"),
+        ("prune.loop.steps=[1", "prune.loop.steps"),
+    ],
+)
+def test_a_bad_override_is_refused(tmp_path: Path, override: str, named: str) -> None:
+    path = write(tmp_path, small())
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [override])
+    assert named in one_line(error)
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, small(prune=None) | {"prune": {"budget": 0.9}})
+    config = load_config(
+        path, ["prune.budget=0.5", "prune.budget=0.4", "finetune.apart.workers=2", "report.prompts=[a red apple]", "serve.port=0"]
+    )
+    assert config.prune.budget == 0.4 and config.finetune.apart.workers == 2
+    assert config.report.prompts == ["a red apple"] and config.serve.port == 0
+
+
+def test_the_tree_is_frozen() -> None:
+    config = parse_config(small())
+    with pytest.raises(ValueError, match="frozen"):
+        config.prune.budget = 0.1  # type: ignore[misc]
+
+
+# -- hashes --------------------------------------------------------------------------------------------------------------------
+
+
+def hashes(**changes: Any) -> dict[str, str]:
+    config = parse_config(small(**changes))
+    return {stage: stage_hash(config, stage) for stage in STAGES}
+
+
+def changed(**changes: Any) -> set[str]:
+    before, after = hashes(), hashes(**changes)
+    return {stage for stage in STAGES if before[stage] != after[stage]}
+
+
+def test_a_hash_is_stable_and_survives_yaml() -> None:
+    config = parse_config(small())
+    assert hashes() == hashes()
+    assert all(len(value) == 16 and int(value, 16) >= 0 for value in hashes().values())
+    assert stage_hash(parse_config(yaml.safe_load(config.to_yaml())), "finetune") == stage_hash(config, "finetune")
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    tree = small(prune={"budget": 0.5, "code_lr": 0.1}, router={"experts": 2})
+    turned = dict(reversed([(k, dict(reversed(v.items())) if isinstance(v, dict) else v) for k, v in tree.items()]))
+    assert stage_hash(parse_config(tree), "prune") == stage_hash(parse_config(turned), "prune")
+
+
+def test_a_change_reaches_its_stage_and_all_later_ones() -> None:
+    order = list(STAGES)
+    assert changed(seed=1) == set(order)
+    assert changed(teacher={"source": "elsewhere"}) == set(order)
+    assert changed(data=small()["data"] | {"resolution": 128}) == set(order)
+    assert changed(prune={"budget": 0.5}) == set(order[order.index("prune") :])
+    assert changed(finetune={"caption_dropout": 0.2}) == set(order[order.index("finetune") :])
+    assert changed(sampling={"guidance_scale": 5.0}) == set(order[order.index("report") :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"run_dir": "elsewhere"},
+        {"compute": {"workers": 8, "gpus_per_worker": 1}},
+        {"serve": {"port": 9000}},
+        {"tracking": {"mode": "disabled"}},
+        {"storage_options": {"anon": True}},
+        {"prune": {"loop": {"workers": 4, "log_every_steps": 1, "num_checkpoints": 9}}},
+        {"finetune": {"parallel_experts": 3}},
+        {"data": small()["data"] | {"encoders": 3, "batch_size": 7}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_where_and_how_fast_does_not_matter(change: dict[str, Any]) -> None:
+    assert changed(**change) == set()
+
+
+def test_an_unknown_stage_is_refused() -> None:
+    with pytest.raises(KeyError, match="unknown stage 'bake'"):
+        stage_hash(parse_config(small()), "bake")
+
+
+def test_defaults_alone_make_a_config() -> None:
+    assert isinstance(parse_config(small()), Config)
