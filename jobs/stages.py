@@ -147,7 +147,7 @@ def prune(config: Config, run: RunDir) -> dict[str, Any]:
             "validation": training_rows(run, "encoded", "validation", embedding=True),
         },
         total_rows=count_rows(run, "encoded", "train"),
-        extra={"encoding": read_encoding(run, "encoded").to_json()},
+        extra={"encoding": read_encoding(run, "encoded", "train").to_json()},
     )
 
 
@@ -171,7 +171,7 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     from aptp_ray.train.worker import empty_text_states
 
     extra = {
-        "encoding": read_encoding(run, "encoded").to_json(),
+        "encoding": read_encoding(run, "encoded", "train").to_json(),
         "empty_states": empty_text_states(run.local("teacher")),
     }
     facts: dict[str, Any] = {}

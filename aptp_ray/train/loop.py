@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,7 +169,7 @@ def run_loop(
                 "gradient_norm": float(norm),
                 "lr": optimizer.param_groups[0]["lr"],
                 "samples_per_second": (done - logged_step) * loop.global_batch_size / max(now - logged_at, 1e-9),
-                **{f"stat/{name}": float(value) for name, value in statistics.items()},
+                **_flat(statistics),
             }
             logged_step, logged_at = done, now
             tracker.log(metrics, step=done)
@@ -248,6 +248,12 @@ def _floats(losses: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in losses.items()}
 
 
-def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Returns the parameters of modules that require gradients."""
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
+def _flat(statistics: dict[str, Any]) -> dict[str, float]:
+    """Statistics by name; the items of a list are numbered."""
+    flat: dict[str, float] = {}
+    for name, value in statistics.items():
+        if isinstance(value, (list, tuple)):
+            flat |= {f"stat/{name}/{index}": float(item) for index, item in enumerate(value)}
+        else:
+            flat[f"stat/{name}"] = float(value)
+    return flat
