@@ -76,7 +76,9 @@ def unpack(column: Iterable[bytes] | np.ndarray, shape: Sequence[int]) -> np.nda
     items = list(column)
     flat = np.frombuffer(b"".join(items), dtype=_STORED)
     if flat.size != len(items) * int(np.prod(shape)):
-        raise ValueError(f"{len(items)} stored tensors hold {flat.size} values, not {tuple(shape)} each: encoding.json is not theirs")
+        raise ValueError(
+            f"{len(items)} stored tensors hold {flat.size} values, not {tuple(shape)} each: encoding.json is not theirs"
+        )
     return flat.reshape(len(items), *shape).copy()
 
 

@@ -80,4 +80,5 @@ class Progress:
         rate = (done - self._start) / max(now - self._begun, 1e-9)
         left = (self._total - done) / rate if rate > 0 else float("inf")
         eta = f"{left:.0f} s left" if left < 1e6 else "-"
-        print(f"[{self._label}] {done}/{self._total} {self._unit}, {rate:.1f}/s, {eta} {note}".rstrip(), file=sys.stderr, flush=True)
+        line = f"[{self._label}] {done}/{self._total} {self._unit}, {rate:.1f}/s, {eta} {note}"
+        print(line.rstrip(), file=sys.stderr, flush=True)

@@ -11,12 +11,12 @@ import time
 import numpy as np
 import pyarrow.dataset as pds
 import torch
-from cli import errors_on_one_line, finish, load, parser, say
 
 from aptp_ray.artifacts import open_run
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding, unpack
 from aptp_ray.tracking import Progress
+from cli import errors_on_one_line, finish, load, parser, say
 
 
 def main() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from cli import Stage, errors_on_one_line, finish, load, parser, ray_session, run_stage
-from stages import STAGE_FUNCTIONS
-
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config
+from cli import Stage, errors_on_one_line, finish, load, parser, ray_session, run_stage
+from stages import STAGE_FUNCTIONS
 
 
 def check(config: Config, run: RunDir, *, overwrite: bool = False) -> None:

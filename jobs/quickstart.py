@@ -14,11 +14,10 @@ import time
 import urllib.request
 from typing import Any
 
+from aptp_ray.artifacts import open_run
 from cli import DEMO_CONFIG, errors_on_one_line, finish, load, parser, ray_session, say
 from pipeline import check, figures, run_pipeline
 from serve import curl_line, wait_for_stop
-
-from aptp_ray.artifacts import open_run
 
 
 def request_image(address: str, prompt: str) -> dict[str, Any]:

@@ -6,10 +6,9 @@ import argparse
 import signal
 import threading
 
-from cli import errors_on_one_line, finish, ray_session, say
-
 from aptp_ray.artifacts import load_run
 from aptp_ray.config import Config
+from cli import errors_on_one_line, finish, ray_session, say
 
 
 def serve_until_stopped(config: Config, run_dir: str, *, host: str, port: int) -> None:

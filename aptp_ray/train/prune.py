@@ -50,7 +50,7 @@ def prune_worker(settings: dict[str, Any]) -> None:
     schedule = noise_schedule(teacher_dir)
     draws = Draws(loop.seed, "prune", loop.global_batch_size, encoding, len(schedule.alphas_cumprod))
 
-    # -- where codes start --------------------------------------------------------------------------------------------------------
+    # -- where codes start ---------------------------------------------------------------------------------------------
     score = importance(worker, gated, macs, encoding, schedule.alphas_cumprod)
     router = new_router(config, gated.space, macs, score, encoding.embedding_dim)
     embeddings = prompt_embeddings("train", _ROUTING_PROMPTS)
@@ -91,7 +91,10 @@ def prune_worker(settings: dict[str, Any]) -> None:
             "budget": spec.budget,
             "transport_converged": bool(transport.converged),
             "largest_overlap": round(largest_overlap(hard.codes), 4),
-            "experts": [{"macs_ratio": round(float(r), 4), "share": round(float(s), 4)} for r, s in zip(hard.ratios, shares, strict=True)],
+            "experts": [
+                {"macs_ratio": round(float(ratio), 4), "share": round(float(share), 4)}
+                for ratio, share in zip(hard.ratios, shares, strict=True)
+            ],
         }
 
     parts = Parts(

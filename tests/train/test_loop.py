@@ -132,7 +132,13 @@ def test_two_workers_compute_what_one_does(undisturbed: tuple[dict[str, Any], li
 
 @pytest.mark.parametrize(
     ("schedule", "step", "expected"),
-    [("constant", 50, 1.0), ("cosine", 10, 1.0), ("cosine", 55, 0.51), ("constant_cosine", 49, 1.0), ("constant_cosine", 75, 0.51)],
+    [
+        ("constant", 50, 1.0),
+        ("cosine", 10, 1.0),
+        ("cosine", 55, 0.51),
+        ("constant_cosine", 49, 1.0),
+        ("constant_cosine", 75, 0.51),
+    ],
 )
 def test_learning_rates(schedule: str, step: int, expected: float) -> None:
     settings = Optimizer(warmup_steps=10, schedule=schedule, final_lr_fraction=0.02)  # type: ignore[arg-type]
