@@ -108,7 +108,7 @@ class Encoder:
     def _images(self, images: list[bytes]) -> dict[str, list[Any]]:
         side = round((len(images[0]) / 3) ** 0.5)
         pixels = np.frombuffer(b"".join(images), dtype=np.uint8).reshape(len(images), side, side, 3)
-        sample = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1  # [batch, 3, side, side]
+        sample = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # [batch, 3, side, side]
         posterior = self._vae.encode(sample.to(self._device, self._vae.dtype)).latent_dist
         # What the UNet sees: diffusers' pipelines decode latents / scaling_factor + shift_factor.
         scale, shift = self._vae.config.scaling_factor, self._vae.config.get("shift_factor") or 0.0
