@@ -10,12 +10,12 @@ import os
 from pathlib import Path
 
 import torch
-from cli import finish
 
 from aptp_ray.core.components import load_components, load_unet
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.demo.prompts import SHOWCASE
 from aptp_ray.evaluate.grid import grid_of
+from cli import finish
 
 SEEDS_OF = ("a cat", "a line drawing of a rocket", "two purple fish", "a red bird on a yellow background")
 

@@ -35,6 +35,7 @@ def shard_patterns(config: Config, run: RunDir) -> dict[str, str]:
 
 def teacher(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains or fine-tunes the teacher, or takes it from its source as it is."""
+    from aptp_ray.data.encoded import count_rows, read_encoding
     from aptp_ray.train import teacher as stage
     from aptp_ray.train.launch import launch
     from aptp_ray.train.worker import empty_text_states
@@ -62,18 +63,22 @@ def teacher(config: Config, run: RunDir) -> dict[str, Any]:
             say(f"teacher: VAE {figures['vae']}")
         parts_dir = stage.assemble(config, run)
     assert config.teacher.unet is not None
-    encoded = encode(config, run, patterns["train"], ("teacher_encoded", "train"), parts_dir)
+    rows = ("teacher_encoded", "train")
+    # A stage that was killed goes on where it stopped: rows that were encoded whole (encoding.json comes last) are kept.
+    kept = ("teacher_encoded", "encoding.json")
+    if not (run.exists(*kept) and "train" in run.read_json(*kept)["splits"]):
+        encode(config, run, patterns["train"], rows, parts_dir)
     figures["unet"] = launch(
         stage.unet_worker,
         config=config,
         run=run,
         name="teacher-unet",
         loop=config.teacher.unet.loop,
-        datasets={"train": training_rows(run, "teacher_encoded", "train")},
-        total_rows=encoded["rows"],
+        datasets={"train": training_rows(run, *rows)},
+        total_rows=count_rows(run, *rows),
         extra={
             "pipeline_dir": parts_dir,
-            "encoding": encoded["encoding"].to_json(),
+            "encoding": read_encoding(run, *rows).to_json(),
             "empty_states": empty_text_states(parts_dir),
         },
     )

@@ -129,11 +129,11 @@ def _collect_patches(encoder: Any, levels: int, components: Tensor) -> None:
         count, side = len(components), components.shape[-1]
         y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         for color in range(3):
-            channel = torch.full_like(y, color)
+            source = torch.full_like(y, color)
             for bit in range(level):  # the finest level collects first: its bit is the lowest of the coordinates
-                channel = 4 * channel + 2 * ((y >> bit) & 1) + ((x >> bit) & 1)
+                source = 4 * source + 2 * ((y >> bit) & 1) + ((x >> bit) & 1)
             top = ((y >> level) & 1, (x >> level) & 1)
-            conv.weight[:count, channel, top[0], top[1]] = components[:, color].float()
+            conv.weight[:count, source, top[0], top[1]] = components[:, color].float()
 
 
 def _read_out(vae: AutoencoderKL, spread: Any, held: int, scale: Tensor, mean: Tensor) -> None:

@@ -225,7 +225,7 @@ def _validate(parts: Parts, module: nn.Module, ema: dict[str, Tensor] | None) ->
 def _average(ema: dict[str, Tensor], module: nn.Module, decay: float, step: int) -> None:
     # The usual ramp, so that the average forgets the random start: min(decay, (1 + n) / (10 + n)).
     decay = min(decay, (1 + step) / (10 + step))
-    current = [p for _, p in module.named_parameters() if p.requires_grad]
+    current: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     torch._foreach_lerp_(list(ema.values()), current, 1 - decay)
 
 
