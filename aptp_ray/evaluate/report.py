@@ -229,7 +229,9 @@ def _labels(run: RunDir, rows: pa.Table) -> dict[str, list[str]]:
             values = [field.get(name) for field in fields]
             if name not in labels and all(isinstance(value, str) for value in values):
                 labels[name] = values
-    return {name: values for name, values in labels.items() if 1 < len(set(values)) <= _MOST_VALUES or name == GROUP}
+    # A label names a kind of prompt: few values, each of them shared by prompts.
+    most = {name: min(_MOST_VALUES, len(values) // 2) for name, values in labels.items()}
+    return {name: values for name, values in labels.items() if 1 < len(set(values)) <= most[name] or name == GROUP}
 
 
 def _kept_by_kind(router: PromptRouter, code: torch.Tensor) -> dict[str, float]:

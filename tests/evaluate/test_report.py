@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
+from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
