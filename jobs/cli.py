@@ -119,7 +119,7 @@ def finish(line: dict[str, Any]) -> None:
 
 def main(name: str, stage: Stage, description: str | None) -> None:
     """The whole of a job that runs one stage."""
-    options = parser(description).parse_args()
+    options = parser(description).parse_intermixed_args()
     with errors_on_one_line():
         config = load(options)
         run = open_run(config)

@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--kinds", default="line,color,recolor,count-color,pair-color", help="values of the group column")
     arguments.add_argument("--samples", type=int, default=8, help="of each kind, for importances; even")
-    options = arguments.parse_args()
+    options = arguments.parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
         config = load(options)

@@ -41,7 +41,7 @@ def figures(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    options = parser(__doc__).parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
         config = load(options)

@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parser(__doc__, default_config=DEMO_CONFIG)
     arguments.add_argument("--port", type=int, help="of the service; 0: a free one; by default the config's")
     arguments.add_argument("--no-serve", action="store_true", help="end after the request to itself")
-    options = arguments.parse_args()
+    options = arguments.parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
         from aptp_ray.serve.run import free_port, start, stop

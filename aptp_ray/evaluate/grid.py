@@ -104,7 +104,7 @@ def _cell(
     note: str,
     color: str | None,
     side: int,
-    fonts: Sequence[ImageFont.ImageFont],
+    fonts: Sequence[ImageFont.ImageFont | ImageFont.FreeTypeFont],
 ) -> Image.Image:
     """One cell: its images, framed by a hairline (their ground is often white), caption and note under them."""
     lines = wrap(caption, side, fonts[0])
@@ -136,7 +136,7 @@ def _cell(
     return cell
 
 
-def wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
+def wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
     """Breaks text into lines of at most ``width`` pixels, at spaces; inside a word only where it alone is too long."""
     lines: list[str] = []
     line = ""
@@ -155,5 +155,5 @@ def wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
     return [*lines, line] if line else lines
 
 
-def _width(font: ImageFont.ImageFont, text: str) -> int:
+def _width(font: ImageFont.ImageFont | ImageFont.FreeTypeFont, text: str) -> int:
     return round(font.getlength(text))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,6 +20,7 @@ from aptp_ray.core.macs import count_macs
 from aptp_ray.core.sampler import Sampler, load_components, load_unet
 from aptp_ray.evaluate.generate import draw_group, sample_seed
 from aptp_ray.evaluate.report import build_report
+from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
 
 PROMPTS = ["a red apple", "a dog", "a train & its <engine>", "a line drawing of a car", "a cat"]
 _VOID = {"meta", "img", "br", "rect", "link"}
