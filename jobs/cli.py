@@ -101,7 +101,7 @@ def run_stage(name: str, stage: Stage, config: Config, run: RunDir, *, overwrite
     if run.is_done(config, name, overwrite):
         say(f"{name}: done before, skipped")
         return run.manifest()["stages"][name]
-    run.prepare(config)
+    run.prepare(config, name, overwrite=overwrite)
     say(f"{name}: running")
     begun = time.monotonic()
     facts = stage(config, run)

@@ -15,12 +15,12 @@ def check(config: Config, run: RunDir, *, overwrite: bool = False) -> None:
     """Refuses what cannot work, before any work: another config's run, missing shards, a budget out of reach."""
     for name in STAGE_FUNCTIONS:
         run.is_done(config, name, overwrite)
-    if not run.is_done(config, "encode") and config.data.source.kind == "webdataset":
+    if not run.is_done(config, "encode", overwrite) and config.data.source.kind == "webdataset":
         from aptp_ray.data.sources import expand
 
         for pattern in (config.data.source.train, config.data.source.validation):
             expand(pattern or "", config.data.source.storage_options)
-    if not run.is_done(config, "prune"):
+    if not run.is_done(config, "prune", overwrite):
         from aptp_ray.train.prune import check_budget
 
         check_budget(config)
