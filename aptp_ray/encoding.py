@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from aptp_ray.config import UserError
+
 _STORED = np.dtype("<f2")
+
+
+class EncodingError(UserError, ValueError):
+    """Encoded rows that were not made by the encoders at hand."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Encoding:
         text_shape: (tokens, width).
         embedding_dim: of the prompt embedding z.
         resolution: pixels of an image's side.
-        fingerprints: ``{"vae": ..., "text_encoder": ..., "prompt_encoder": ...}``; see :func:`fingerprint`.
+        fingerprints: ``{"vae": ..., "text_encoder": ..., "tokenizer": ..., "prompt_encoder": ...}``; see :func:`fingerprint`.
     """
 
     latent_shape: tuple[int, int, int]
@@ -52,13 +58,28 @@ class Encoding:
         """Compares fingerprints.
 
         Raises:
-            ValueError: if an encoder differs from the one that made these rows.
+            EncodingError: if an encoder differs from the one that made these rows.
         """
         for name, value in expected.items():
-            if self.fingerprints.get(name) != value:
-                raise ValueError(
-                    f"the encoded rows were made by another {name} (fingerprint {self.fingerprints.get(name)}, the one "
-                    f"at hand has {value}): run jobs/encode.py --overwrite, or point the config at the encoder that made them"
+            found = self.fingerprints.get(name, "none")
+            if found != value:
+                raise EncodingError(
+                    f"the encoded rows were made by another {name} (fingerprint {found[:16]}, the one at hand has {value[:16]}): "
+                    "run jobs/encode.py --overwrite, or point the config at the encoder that made them"
+                )
+
+    def check_same(self, at_hand: Encoding) -> None:
+        """Compares all with what the encoders at hand would make of an image and a caption.
+
+        Raises:
+            EncodingError: if an encoder, or a shape, differs.
+        """
+        self.check(**at_hand.fingerprints)
+        for name, value in at_hand.to_json().items():
+            found = self.to_json()[name]
+            if name != "fingerprints" and found != value:
+                raise EncodingError(
+                    f"the encoded rows have {name} {found}, the config now asks for {value}: run jobs/encode.py --overwrite"
                 )
 
 

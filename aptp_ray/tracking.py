@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aptp_ray.config import Config
+
 
 class Tracker:
     """Logs metrics of one stage to Weights & Biases; on ranks other than 0 it does nothing.
 
-    Metric names are those of the losses (``loss/denoising`` ...), plus ``lr``, ``samples_per_second`` and the like.
+    Metric names are those of the losses (``loss/denoising`` ...), plus ``lr``, ``samples_per_second`` and the like. The config
+    is logged without its secrets (``Config.masked``).
     """
 
     def __init__(
@@ -20,7 +23,7 @@ class Tracker:
         *,
         project: str,
         name: str,
-        config: dict[str, Any],
+        config: Config,
         entity: str | None = None,
         mode: str = "auto",
         directory: str | None = None,
@@ -43,7 +46,7 @@ class Tracker:
             name=name,
             id=run_id,
             resume="allow" if run_id else None,
-            config=config,
+            config=config.masked(),
             mode=mode,  # type: ignore[arg-type]
             dir=str(folder),
             settings=wandb.Settings(silent=True, console="off"),

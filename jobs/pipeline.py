@@ -19,7 +19,7 @@ def check(config: Config, run: RunDir, *, overwrite: bool = False) -> None:
         from aptp_ray.data.sources import expand
 
         for pattern in (config.data.source.train, config.data.source.validation):
-            expand(pattern or "", config.data.source.storage_options)
+            expand(pattern or "", config.source_options())
     if not run.is_done(config, "prune", overwrite):
         from aptp_ray.train.prune import check_budget
 

@@ -33,6 +33,12 @@ def shard_patterns(config: Config, run: RunDir) -> dict[str, str]:
     return {split: run.address("shards", split, "*.tar") for split in ("train", "validation")}
 
 
+def shard_options(config: Config, run: RunDir) -> dict[str, Any] | None:
+    """Returns the storage options of the shards: the demo's lie in the run directory, others where ``data.source`` says."""
+    drawn = config.data.source.kind == "openmoji"
+    return (run.storage_options if drawn else config.source_options()) or None
+
+
 def teacher(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains or fine-tunes the teacher, or takes it from its source as it is."""
     from aptp_ray.data.encoded import count_rows, read_encoding
@@ -50,7 +56,7 @@ def teacher(config: Config, run: RunDir) -> dict[str, Any]:
     if config.teacher.source is None:
         assert config.teacher.vae is not None
         if not run.exists("teacher_parts", "model_index.json"):
-            images = usable_images(patterns["train"], run)
+            images = usable_images(patterns["train"], shard_options(config, run))
             figures["vae"] = launch(
                 stage.vae_worker,
                 config=config,
@@ -85,14 +91,14 @@ def teacher(config: Config, run: RunDir) -> dict[str, Any]:
     return figures
 
 
-def usable_images(pattern: str, run: RunDir) -> Any:
-    """Returns the images of a shard pattern, without the rows that cannot be used."""
+def usable_images(pattern: str, storage_options: dict[str, Any] | None) -> Any:
+    """Returns the images of a shard pattern, without the rows that cannot be used; the options are the shards'."""
     from ray.data.expressions import col
 
     from aptp_ray.data import schema
     from aptp_ray.data.sources import webdataset
 
-    rows = webdataset(pattern, storage_options=run.storage_options or None)
+    rows = webdataset(pattern, storage_options=storage_options)
     return rows.filter(expr=col(schema.REASON) == "").select_columns([schema.IMAGE])
 
 
@@ -101,7 +107,7 @@ def training_rows(run: RunDir, *parts: str, embedding: bool = False) -> Any:
     from aptp_ray.data import schema
     from aptp_ray.data.encoded import read_encoded
 
-    columns = [schema.LATENT_MEAN, schema.LATENT_STD, schema.TEXT_STATES, *([schema.EMBEDDING] if embedding else [])]
+    columns = [*schema.TENSORS, *([schema.EMBEDDING] if embedding else [])]
     return read_encoded(run, *parts, columns=columns)
 
 
@@ -120,7 +126,7 @@ def encode(config: Config, run: RunDir, pattern: str, parts: tuple[str, ...], pi
         num_actors=config.data.encoders,
         precision=config.data.precision,
         rows_per_file=config.data.rows_per_file,
-        storage_options=config.data.source.storage_options or None,
+        storage_options=shard_options(config, run),
     )
 
 
@@ -133,24 +139,56 @@ def encode_splits(config: Config, run: RunDir) -> dict[str, Any]:
     return facts
 
 
+def checked_encoding(config: Config, run: RunDir, *folders: tuple[str, ...]) -> dict[str, Any]:
+    """Returns what the rows of some folders are made of, once it is sure that the encoders at hand made them.
+
+    The stage's hash covers what the config names; this covers what the names stand for: a folder whose content was
+    replaced, a hub id that moved on.
+
+    Raises:
+        EncodingError: if another encoder made them, or at another resolution or text length.
+        RunDirError: if a folder has not been written to its end.
+    """
+    from aptp_ray.data.encoded import read_encoding
+    from aptp_ray.data.encoder import EncoderSpec, describe
+
+    found = [read_encoding(run, *parts) for parts in folders]
+    spec = EncoderSpec(run.address("teacher"), config.router.prompt_encoder, storage_options=run.storage_options)
+    at_hand = describe(spec, config.data.resolution)
+    for encoding in found:
+        encoding.check_same(at_hand)
+    return at_hand.to_json()
+
+
 def prune(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains the router and hardens its codes."""
-    from aptp_ray.data.encoded import count_rows, read_encoding
-    from aptp_ray.train.launch import launch
-    from aptp_ray.train.prune import prune_worker
+    import ray
 
+    from aptp_ray.data import schema
+    from aptp_ray.data.encoded import count_rows, read_first
+    from aptp_ray.train.launch import launch
+    from aptp_ray.train.prune import ROUTING_PROMPTS, prune_worker
+
+    encoding = checked_encoding(config, run, ("encoded", "train"), ("encoded", "validation"))
+    prompts = {
+        split: read_first(run, "encoded", split, columns=[schema.EMBEDDING], rows=ROUTING_PROMPTS)
+        for split in ("train", "validation")
+    }
+    samples = read_first(run, "encoded", "train", columns=schema.TENSORS, rows=config.prune.importance_samples)
     return launch(
         prune_worker,
         config=config,
         run=run,
         name="prune",
         loop=config.prune.loop,
-        datasets={
-            "train": training_rows(run, "encoded", "train", embedding=True),
-            "validation": training_rows(run, "encoded", "validation", embedding=True),
-        },
+        datasets={"train": training_rows(run, "encoded", "train", embedding=True)},
         total_rows=count_rows(run, "encoded", "train"),
-        extra={"encoding": read_encoding(run, "encoded", "train").to_json()},
+        extra={
+            "encoding": encoding,
+            "samples": ray.put(samples),
+            "prompts": ray.put(prompts["train"]),
+            "validation_prompts": ray.put(prompts["validation"]),
+        },
     )
 
 
@@ -158,6 +196,7 @@ def assign(config: Config, run: RunDir) -> dict[str, Any]:
     """Gives every training row to its expert, and writes how validation captions are routed."""
     from aptp_ray.data.assign import assign_split, routing_table
 
+    checked_encoding(config, run, ("encoded", "train"), ("encoded", "validation"))
     router = run.address("router")
     facts = assign_split(run, router_dir=router, num_experts=config.router.experts)
     routing_table(run, router_dir=router, prompt_encoder=config.router.prompt_encoder)
@@ -169,13 +208,15 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     import ray
 
     from aptp_ray.data import schema
-    from aptp_ray.data.encoded import count_rows, read_encoding
+    from aptp_ray.data.encoded import count_rows
     from aptp_ray.train.finetune import expert_worker, shared_worker
     from aptp_ray.train.launch import launch
     from aptp_ray.train.worker import empty_text_states
 
+    # Assigned rows are copies: they may be older than the encoded ones.
+    assigned = [("assigned", f"{schema.EXPERT}={expert}") for expert in range(config.router.experts)]
     extra = {
-        "encoding": read_encoding(run, "encoded", "train").to_json(),
+        "encoding": checked_encoding(config, run, ("encoded", "train"), *assigned),
         "empty_states": empty_text_states(run.local("teacher")),
     }
     facts: dict[str, Any] = {}
@@ -199,7 +240,7 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     while waiting or running:
         while waiting and len(running) < side_by_side(config):
             expert = waiting.pop(0)
-            rows = ("assigned", f"{schema.EXPERT}={expert}")
+            rows = assigned[expert]
             reference = start.remote(
                 expert_worker,
                 config=config,

@@ -233,6 +233,36 @@ def test_the_config_comes_back_equal(run: RunDir) -> None:
         load_run(run.uri + "/elsewhere")
 
 
+def test_a_changed_prompt_encoder_never_meets_old_embeddings(run: RunDir) -> None:
+    finished(run, A, "teacher", "encode")
+    other = make_config(router={"prompt_encoder": "some/other"})
+    assert run.is_done(other, "teacher")
+    with pytest.raises(RunDirError, match="stage 'encode' .* another config"):
+        run.is_done(other, "prune")
+
+
+def test_secrets_are_not_kept_and_asked_for_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"secret": "hunter2", "listings_expiry_time": 60}
+    shards = {"source": A.data.source.model_dump() | {"storage_options": {"token": "hunter3"}}}
+    config = make_config(run_dir=run.uri, storage_options=options, data=shards)
+    run.prepare(config, "teacher")
+    run.finish(config, "teacher")
+    assert not [name for name, data in content(run).items() if b"hunter" in data]
+
+    _, served = load_run(run.uri, {"listings_expiry_time": 60})  # what opens the directory opens it again
+    assert served.storage_options == {"listings_expiry_time": 60} and run.is_done(served, "teacher")
+    again = run.config()
+    with pytest.raises(ConfigError, match=r"storage_options\.secret .* APTP_STORAGE_OPTIONS_SECRET is not set") as error:
+        open_run(again)
+    assert "\n" not in str(error.value) and "storage_options.secret=..." in str(error.value)
+    with pytest.raises(ConfigError, match=r"data\.source\.storage_options\.token"):
+        again.source_options()
+    monkeypatch.setenv("APTP_STORAGE_OPTIONS_SECRET", "hunter2")
+    monkeypatch.setenv("APTP_DATA_SOURCE_STORAGE_OPTIONS_TOKEN", "hunter3")
+    assert again.source_options() == {"token": "hunter3"}
+    assert artifacts.revealed(again.storage_options) == options
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunDirError, match="cannot write the run directory") as error:

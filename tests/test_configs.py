@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from aptp_ray.config import STAGES, Config, ConfigError, load_config, parse_config, stage_hash
+from aptp_ray.sections import Section
 
 CONFIGS = Path(__file__).resolve().parents[1] / "jobs" / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -91,6 +94,10 @@ def test_the_storage_estimate_is_the_formula(name: str) -> None:
         (small(prune={"budget": 0}), "prune.budget"),
         (small(prune={"loop": {"steps": "many"}}), "prune.loop.steps"),
         (small(prune={"loop": {"optimizer": {"schedule": "linear"}}}), "prune.loop.optimizer.schedule"),
+        # The router's parts learn at prune.predictor_lr and prune.code_lr, without decay.
+        (small(prune={"loop": {"optimizer": {"lr": 1e-3}}}), "prune.loop.optimizer.lr"),
+        (small(prune={"loop": {"optimizer": {"weight_decay": 0.1}}}), "prune.loop.optimizer.weight_decay"),
+        (small(teacher={"source": "x", "vae": {"model": {}, "loop": {}}}), "teacher.vae"),
         (small(serve={"port": 70000}), "serve.port"),
         (small(teacher={}), "teacher.source"),
         (small(teacher={"source": None, "unet": None}), "teacher.source"),
@@ -108,6 +115,14 @@ def test_a_wrong_file_is_refused_on_one_line_that_names_the_key(tmp_path: Path, 
         load_config(path)
     text = one_line(error)
     assert named in text and str(path) in text
+
+
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x08\x00\xff\xfe\x80weights")
+    with pytest.raises(ConfigError, match="no text file") as error:
+        load_config(path)
+    assert str(path) in one_line(error)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -181,14 +196,89 @@ def test_the_order_of_keys_does_not_matter() -> None:
     assert stage_hash(parse_config(tree), "prune") == stage_hash(parse_config(turned), "prune")
 
 
+def since(stage: str) -> set[str]:
+    return set(STAGES[STAGES.index(stage) :])
+
+
 def test_a_change_reaches_its_stage_and_all_later_ones() -> None:
-    order = list(STAGES)
-    assert changed(seed=1) == set(order)
-    assert changed(teacher={"source": "elsewhere"}) == set(order)
-    assert changed(data=small()["data"] | {"resolution": 128}) == set(order)
-    assert changed(prune={"budget": 0.5}) == set(order[order.index("prune") :])
-    assert changed(finetune={"caption_dropout": 0.2}) == set(order[order.index("finetune") :])
-    assert changed(sampling={"guidance_scale": 5.0}) == set(order[order.index("report") :])
+    assert changed(teacher={"source": "elsewhere"}) == set(STAGES)
+    assert changed(data=small()["data"] | {"resolution": 128}) == since("encode")
+    assert changed(router={"prompt_encoder": "some/other"}) == since("encode")
+    assert changed(router={"experts": 2}) == changed(prune={"budget": 0.5}) == since("prune")
+    assert changed(finetune={"caption_dropout": 0.2}) == since("finetune")
+    assert changed(sampling={"guidance_scale": 5.0}) == since("report")
+
+
+def test_a_teacher_that_is_trained_here_depends_on_the_data() -> None:
+    trained = {"teacher": {"source": "somewhere", "unet": {"loop": {}}}}
+    before = hashes(**trained)
+    data = small()["data"]
+    other = hashes(**trained, data=data | {"source": data["source"] | {"train": "c.tar"}})
+    assert before["teacher"] != other["teacher"]
+    validation = hashes(**trained, data=data | {"source": data["source"] | {"validation": "c.tar"}})
+    assert {stage for stage in STAGES if validation[stage] != before[stage]} == since("encode")
+
+
+def test_the_seed_and_the_counts_of_the_demo_are_the_demos_alone() -> None:
+    source = small()["data"]["source"]
+    assert changed(seed=1) == changed(data={"source": source | {"train_images": 5, "images_per_shard": 5}}) == set()
+
+
+# Of every field, the first stage whose outcome it decides; the longest prefix counts. Where the teacher is trained on drawn data.
+DECIDES = {
+    "seed": "teacher",
+    "data": "teacher",
+    "data.source.validation_images": "encode",
+    "teacher": "teacher",
+    "router": "prune",
+    "router.prompt_encoder": "encode",
+    "prune": "prune",
+    "finetune": "finetune",
+    "sampling": "report",
+    "report": "report",
+}
+DECIDES_NOTHING = {
+    *("workers", "log_every_steps", "checkpoint_every_steps", "num_checkpoints"),
+    *("encoders", "batch_size", "rows_per_file", "storage_options", "parallel_experts", "importance_batch"),
+    *("train", "validation"),  # patterns of shards, where they are drawn
+}
+FULL = {
+    "run_dir": "runs/x",
+    "data": {"source": {"kind": "openmoji"}},
+    "teacher": {"vae": {"model": {"a": 1}, "loop": {}}, "unet": {"model": {"b": 1}, "loop": {}}},
+    "finetune": {"shared": {}},
+}
+
+
+def leaves(section: Section, *path: str) -> Iterator[tuple[str, ...]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from leaves(value, *path, name)
+        elif (*path, name) != ("data", "source", "kind"):  # decides what else is read: tested above
+            yield (*path, name)
+
+
+def with_other(section: Any, path: tuple[str, ...]) -> Any:
+    """A copy with another value at a path, whatever its limits say."""
+    value = getattr(section, path[0])
+    if len(path) > 1:
+        return section.model_copy(update={path[0]: with_other(value, path[1:])})
+    return section.model_copy(update={path[0]: {"other": 1} if isinstance(value, dict) else f"other than {value}"})
+
+
+@pytest.mark.parametrize("path", list(leaves(parse_config(FULL))), ids=".".join)
+def test_every_field_is_in_the_hash_of_the_stages_that_it_decides_and_in_no_other(path: tuple[str, ...]) -> None:
+    prefixes = [".".join(path[:length]) for length in range(len(path), 0, -1)]
+    first = next((DECIDES[prefix] for prefix in prefixes if prefix in DECIDES), None)
+    if path[-1] in DECIDES_NOTHING:
+        first = None
+    before = parse_config(FULL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # pydantic's, of a value that is of another type
+        after = with_other(before, path)
+        found = {stage for stage in STAGES if stage_hash(before, stage) != stage_hash(after, stage)}
+    assert found == (since(first) if first else set())
 
 
 @pytest.mark.parametrize(

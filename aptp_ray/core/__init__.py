@@ -16,7 +16,7 @@ _HOMES = {
     "PromptRouter": "router",
     "PrunedUNet2DConditionModel": "prune",
     "Sampler": "sampler",
-    "Site": "space",
+    "Site": "sites",
     "balanced_assignment": "transport",
     "count_macs": "macs",
     "prune_unet": "prune",

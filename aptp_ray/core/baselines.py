@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from aptp_ray.core.hardening import average_rank, meet_budget
 from aptp_ray.core.importance import Importance
 from aptp_ray.core.macs import MacsModel
-from aptp_ray.core.space import ArchitectureSpace, Site
+from aptp_ray.core.sites import Site
+from aptp_ray.core.space import ArchitectureSpace
 
 
 def ablation_greedy(

@@ -17,7 +17,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from aptp_ray.core.space import ArchitectureSpace, Site
+from aptp_ray.core.sites import Site
+from aptp_ray.core.space import ArchitectureSpace
 
 
 @dataclass(eq=False)
@@ -150,6 +151,26 @@ def capture_blocks(unet: UNet2DConditionModel) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def run_unet(unet: Any, sample: Tensor, timesteps: Tensor, text_states: Tensor, text_mask: Tensor | None) -> Tensor:
+    """Calls a UNet, stock, pruned or gated, in its own precision.
+
+    Args:
+        unet: UNet2DConditionModel, PrunedUNet2DConditionModel or GatedUNet.
+        sample: [batch, channels, height, width].
+        timesteps: [batch].
+        text_states: [batch, tokens, text_dim].
+        text_mask: bool [batch, tokens] of real tokens, or None.
+
+    Returns:
+        [batch, channels, height, width].
+    """
+    dtype = unet.dtype
+    # diffusers turns `encoder_attention_mask` into a bias, (1 - mask) * -10000, so None and all ones are the same.
+    return unet(
+        sample.to(dtype), timesteps, encoder_hidden_states=text_states.to(dtype), encoder_attention_mask=text_mask
+    ).sample
 
 
 def _hook_run(unet: UNet2DConditionModel, masks: _Masks) -> list[RemovableHandle]:

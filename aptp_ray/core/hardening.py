@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.relaxation import GUMBEL_MEDIAN, binarize, gumbel, openness, relax
-from aptp_ray.core.space import ArchitectureSpace, Site
+from aptp_ray.core.sites import Site
+from aptp_ray.core.space import ArchitectureSpace
 
 # Least softmax mass of a depth entry at the start: below it the cumulative softmax passes no gradient.
 _LEAST_DEPTH_MASS = 1e-3

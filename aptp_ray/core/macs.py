@@ -20,7 +20,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from aptp_ray.core.space import ArchitectureSpace, Site
+from aptp_ray.core.sites import Site
+from aptp_ray.core.space import ArchitectureSpace
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel, Tra
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from aptp_ray.core.space import ArchitectureSpace, Site
+from aptp_ray.core.sites import Site
+from aptp_ray.core.space import ArchitectureSpace
 
 
 class ClosedResnet(nn.Module):

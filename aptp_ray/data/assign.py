@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from ray.data.block import Block, BlockAccessor
 from aptp_ray.artifacts import RunDir, resolve_source
 from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.core.router import PromptRouter
-from aptp_ray.data.encoded import ENCODED_SCHEMA, PARQUET_OPTIONS, count_rows, read_encoded, read_table, replacing
+from aptp_ray.data.encoded import (
+    ENCODED_SCHEMA,
+    ENCODING_FILE,
+    PARQUET_OPTIONS,
+    count_rows,
+    read_encoded,
+    read_encoding,
+    read_table,
+    replacing,
+)
 from aptp_ray.data.schema import ALTERNATES, CAPTION, EMBEDDING, EXPERT, GROUP, KEY
 
 VALIDATION_FILE = "validation.parquet"
@@ -44,6 +54,9 @@ def assign_split(
 ) -> dict[str, Any]:
     """Writes ``assigned/expert=<k>/*.parquet`` in row order, replacing what is there once all is written.
 
+    ``assigned/encoding.json`` says what the rows are made of, as ``encoded/encoding.json`` does: rows that were assigned
+    before their split was encoded anew are not taken for the new ones.
+
     Args:
         run: the run directory.
         router_dir: folder or URI of the router.
@@ -57,7 +70,8 @@ def assign_split(
 
     Raises:
         ValueError: if the router has another number of experts, or an expert gets no rows.
-        RunDirError: if there are no encoded rows.
+        EncodingError: if the rows' embeddings are not of the prompt encoder on which the router learned.
+        RunDirError: if there are no encoded rows, or they are not encoded to their end.
     """
     router = _load_router(run, router_dir)
     if router.num_codes != num_experts:
@@ -65,6 +79,10 @@ def assign_split(
             f"the router at {router_dir} has {router.num_codes} experts, router.experts={num_experts}: prune again"
         )
     rows_in = count_rows(run, *source)
+    encoding = read_encoding(run, *source)
+    learned_on = router.config()["prompt_encoder"]
+    if learned_on is not None:
+        encoding.check(prompt_encoder=learned_on["fingerprint"])
     rows = read_encoded(run, *source)
     with replacing(run, *output) as folder:
         if run.is_local:  # object stores have no folders to make
@@ -86,6 +104,9 @@ def assign_split(
                 f"(rows of each: {counts}): prune again with fewer router.experts or more prune.weights.commitment, or "
                 "encode more data"
             )
+        splits = {f"{EXPERT}={expert}": {"rows": count} for expert, count in enumerate(counts)}
+        with fsspec.open(f"{folder}/{ENCODING_FILE}", "w", **run.storage_options) as stream:
+            json.dump({**encoding.to_json(), "splits": splits}, stream)
     return {
         "rows_in": rows_in,
         "rows": sum(counts),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pds
 import pyarrow.fs as pafs
@@ -25,6 +26,7 @@ from aptp_ray.data.schema import (
     LATENT_STD,
     METADATA,
     SHARD,
+    TENSORS,
     TEXT_LENGTH,
     TEXT_STATES,
 )
@@ -50,11 +52,10 @@ ENCODED_SCHEMA = pa.schema(
         (EMBEDDING, pa.list_(pa.float32())),
     ]
 )
-_TENSORS = (LATENT_MEAN, LATENT_STD, TEXT_STATES)
 
 # Half-float noise does not compress; text does.
 PARQUET_OPTIONS: dict[str, Any] = {
-    "compression": {name: "NONE" if name in _TENSORS else "ZSTD" for name in ENCODED_SCHEMA.names},
+    "compression": {name: "NONE" if name in TENSORS else "ZSTD" for name in ENCODED_SCHEMA.names},
     "use_dictionary": [SHARD, GROUP],
     # Ray Data and pyarrow read by row group: this bounds what a reader of one batch holds.
     "row_group_size": 512,
@@ -106,6 +107,32 @@ def read_table(run: RunDir, *parts: str, columns: Sequence[str]) -> pa.Table:
     """
     files = pds.dataset(files_of(run, *parts), filesystem=arrow_filesystem(run), format="parquet")
     return files.to_table(columns=list(columns))
+
+
+def read_first(run: RunDir, *parts: str, columns: Sequence[str], rows: int) -> dict[str, np.ndarray]:
+    """Reads some columns of a split's first rows into this process, in row order, without touching the files behind them.
+
+    Args:
+        run: the run directory.
+        parts: as in :func:`read_encoded`.
+        columns: which columns.
+        rows: how many rows; fewer come back where there are fewer.
+
+    Returns:
+        columns as Ray Data's numpy batches give them: raw bytes, or arrays.
+
+    Raises:
+        RunDirError: if there are no rows.
+    """
+    files = pds.dataset(files_of(run, *parts), filesystem=arrow_filesystem(run), format="parquet")
+    table = files.head(rows, columns=list(columns), batch_readahead=1, fragment_readahead=1)
+    return {name: _object_array(table.column(name).to_pylist()) for name in columns}
+
+
+def _object_array(values: list[Any]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
 
 
 def read_encoding(run: RunDir, *parts: str) -> Encoding:

@@ -16,6 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from aptp_ray.artifacts import resolve_source
+from aptp_ray.config import ConfigError
 from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.data.rows import OUTPUT_SCHEMA, PASSED_ON
 from aptp_ray.data.schema import (
@@ -76,7 +77,7 @@ class Encoder:
         for model in (self._vae, self._text_encoder):
             model.to(self._device).eval().requires_grad_(False)
         self._tokens = _num_tokens(self._tokenizer, spec.max_tokens)
-        self._prompt_encoder = PromptEncoder.from_pretrained(resolve_source(spec.prompt_encoder), device=self._device)
+        self._prompt_encoder = PromptEncoder.from_pretrained(resolve_source(spec.prompt_encoder, spec.storage_options), device=self._device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Encodes cropped rows.
@@ -143,7 +144,8 @@ def describe(spec: EncoderSpec, resolution: int) -> Encoding:
     """Finds the shapes and fingerprints of what the encoders will give, without encoding anything.
 
     Raises:
-        FileNotFoundError: if the pipeline or the prompt encoder is not there.
+        ConfigError: if the prompt encoder is not there.
+        FileNotFoundError: if the pipeline is not there.
         ValueError: if ``resolution`` is not a multiple of the VAE's factor, or the pipeline is of another kind.
     """
     _hush()
@@ -157,7 +159,10 @@ def describe(spec: EncoderSpec, resolution: int) -> Encoding:
     if resolution % factor:
         raise ValueError(f"data.resolution={resolution} is not a multiple of {factor}, the VAE's factor")
     tokenizer = _component(folder, "tokenizer").from_pretrained(folder / "tokenizer")
-    prompt_encoder = PromptEncoder.from_pretrained(resolve_source(spec.prompt_encoder))
+    try:
+        prompt_encoder = PromptEncoder.from_pretrained(resolve_source(spec.prompt_encoder, spec.storage_options))
+    except FileNotFoundError as error:
+        raise ConfigError(f"router.prompt_encoder={spec.prompt_encoder!r}: {error}") from error
     return Encoding(
         latent_shape=(vae["latent_channels"], resolution // factor, resolution // factor),
         text_shape=(_num_tokens(tokenizer, spec.max_tokens), text.get("hidden_size") or text["d_model"]),
@@ -166,6 +171,7 @@ def describe(spec: EncoderSpec, resolution: int) -> Encoding:
         fingerprints={
             "vae": fingerprint(folder / "vae"),
             "text_encoder": fingerprint(folder / "text_encoder"),
+            "tokenizer": fingerprint(folder / "tokenizer"),
             "prompt_encoder": prompt_encoder.fingerprint,
         },
     )
@@ -201,7 +207,7 @@ def _component(folder: Path, name: str) -> Any:
 def _num_tokens(tokenizer: Any, max_tokens: int | None) -> int:
     tokens = max_tokens or tokenizer.model_max_length
     if tokens > _NO_LIMIT:
-        raise ValueError("the tokenizer has no model_max_length: set teacher.unet.max_tokens")
+        raise ValueError("the tokenizer has no model_max_length: set teacher.max_tokens")
     return int(tokens)
 
 

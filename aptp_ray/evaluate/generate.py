@@ -13,9 +13,10 @@ import torch
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config
+from aptp_ray.core.components import load_components, load_unet
 from aptp_ray.core.macs import count_macs
 from aptp_ray.core.randomness import key_seed
-from aptp_ray.core.sampler import Sampler, load_components, load_unet
+from aptp_ray.core.sampler import Sampler
 from aptp_ray.tracking import Progress
 
 # Enough to pay for loading a UNet; more prompts become more tasks, which a cluster runs side by side.

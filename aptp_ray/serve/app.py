@@ -22,7 +22,13 @@ _SMALL = {"num_cpus": 0.1}
 
 
 class ServeArgs(BaseModel):
-    """Arguments of the application; all else stands in the run directory's config."""
+    """Arguments of the application; all else stands in the run directory's config.
+
+    Attributes:
+        run_dir: any fsspec URI.
+        storage_options: of the run directory. Serve keeps and shows an application's arguments, so write secrets as
+            ``env:NAME``: every replica reads them from its own environment.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from aptp_ray.artifacts import load_run
-from aptp_ray.core.sampler import Handle, ImageRequest, Sampler, load_components, load_unet
+from aptp_ray.core.components import load_components, load_unet
+from aptp_ray.core.image_request import Handle, ImageRequest
+from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.protocol import DrawJob, Outcome
 
 logger = logging.getLogger("ray.serve")

@@ -15,7 +15,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from aptp_ray.artifacts import load_run, resolve_source
-from aptp_ray.core.router import PromptRouter, Routing
+from aptp_ray.core.code_router import Routing
+from aptp_ray.core.router import PromptRouter
 from aptp_ray.serve.protocol import DrawJob, Drawn, Outcome
 
 logger = logging.getLogger("ray.serve")

@@ -9,10 +9,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from aptp_ray.config import Loop
+from aptp_ray.config import RatedLoop
+from aptp_ray.core.finetune_objective import FinetuneObjective
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.macs import count_macs
-from aptp_ray.core.objective import FinetuneObjective
 from aptp_ray.core.prune import prune_unet
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.encoding import Encoding
@@ -92,7 +92,7 @@ def finetune_parts(
     worker: Worker,
     student: nn.Module,
     teacher: UNet2DConditionModel,
-    loop: Loop,
+    loop: RatedLoop,
     settings: dict[str, Any],
     purpose: str,
     routed: Any,
@@ -120,7 +120,7 @@ def finetune_parts(
     )
     return Parts(
         module=objective,
-        groups=[{"params": list(student.parameters())}],
+        groups=[{"params": list(student.parameters()), **loop.optimizer.rates()}],
         inputs=lambda rows, step, mine: draws(rows, step, mine) | routed(rows),
         decode=lambda rows: decode_encoded(rows, encoding),
         save=save,

@@ -62,7 +62,7 @@ def launch(
         loop: workers and checkpoints of this stage.
         datasets: Ray Datasets by name; "train" is what the loop reads.
         total_rows: of "train".
-        extra: more settings for the worker, plain values only.
+        extra: more settings for the worker: plain values, and references to objects in Ray's store.
 
     A run with the same run directory and name goes on from its newest checkpoint (Ray Train V2's contract of ``storage_path``
     and ``name``).
@@ -79,7 +79,8 @@ def launch(
     trainer = TorchTrainer(
         worker,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            # As an object: Ray Train shows plain settings on its dashboard, and storage options hold secrets.
+            "config": config,
             "run_uri": run.uri,
             "name": name,
             "total_rows": total_rows,

@@ -17,7 +17,7 @@ import ray.train
 import torch
 from torch import Tensor, nn
 
-from aptp_ray.config import Loop, Optimizer
+from aptp_ray.config import Loop, Schedule
 from aptp_ray.tracking import Progress, Tracker
 from aptp_ray.train.checkpoints import load_state, save_state
 from aptp_ray.train.feed import Feed, Rows
@@ -31,13 +31,12 @@ class Parts:
 
     Attributes:
         module: ``forward(**inputs) -> (losses, statistics)``; its parameters that require gradients are trained.
-        groups: parameter groups of AdamW; each may carry ``lr``.
+        groups: parameter groups of AdamW; each carries ``lr`` and ``weight_decay``.
         weights: weight of each loss in the total; a loss that is not named counts fully.
         inputs: (rows of this rank, step, rows of the global batch before mine) -> keyword arguments of ``module``.
         decode: raw columns -> arrays, for the feed.
         save: writes the stage's outcome; called once, on rank 0, after the last step.
         lr_scale: (step, index of the group) -> factor, on top of the schedule.
-        validate: (module) -> metrics; called on rank 0.
     """
 
     module: nn.Module
@@ -47,7 +46,6 @@ class Parts:
     save: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
     weights: dict[str, float] = field(default_factory=dict)
     lr_scale: Callable[[int, int], float] = lambda step, group: 1.0
-    validate: Callable[[nn.Module], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Place:
     device: torch.device
 
 
-def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
+def learning_rate(step: int, steps: int, optimizer: Schedule) -> float:
     """Returns the learning rate of a step, as a fraction of its peak."""
     if step < optimizer.warmup_steps:
         return (step + 1) / optimizer.warmup_steps
@@ -99,10 +97,8 @@ def run_loop(
     # -- state ---------------------------------------------------------------------------------------------------------------
     module, settings = parts.module.to(place.device), loop.optimizer
     learned = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parts.groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in parts.groups]
+    optimizer = torch.optim.AdamW(parts.groups, betas=settings.betas, fused=True)
     ema = None
     if settings.ema_decay is not None:
         ema = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -115,7 +111,7 @@ def run_loop(
     wrapped: nn.Module = module
     if place.world_size > 1:
         wrapped = nn.parallel.DistributedDataParallel(
-            module, device_ids=[place.device] if place.device.type == "cuda" else None, broadcast_buffers=False
+            module, device_ids=[place.device] if place.device.type == "cuda" else None, forward_sync_buffers=False
         )
     scaler = torch.amp.GradScaler(place.device.type, enabled=loop.precision == "fp16")
 
@@ -152,14 +148,14 @@ def run_loop(
         if not torch.isfinite(norm) and loop.precision != "fp16":
             raise FloatingPointError(
                 f"[{label}] the gradient is not finite at step {step} (losses {_floats(losses)}): lower the learning rate "
-                f"({settings.lr}) or use precision fp32; the last checkpoint is kept"
+                f"({', '.join(map(str, peaks))}) or use precision fp32; the last checkpoint is kept"
             )
         scaler.step(optimizer)
         scaler.update()
         if ema is not None:
             _average(ema, module, settings.ema_decay or 0.0, step)
 
-        # -- log, validate, checkpoint ---------------------------------------------------------------------------------------
+        # -- log, checkpoint -------------------------------------------------------------------------------------------------
         done = step + 1
         last = done == loop.steps
         if done % loop.log_every_steps == 0 or last:
@@ -174,9 +170,6 @@ def run_loop(
             logged_step, logged_at = done, now
             tracker.log(metrics, step=done)
             progress.update(done, f"loss {metrics['loss/total']:.4f}")
-        if parts.validate and place.rank == 0 and (last or (loop.validate_every_steps and done % loop.validate_every_steps == 0)):
-            metrics |= {f"validation/{k}": v for k, v in _validate(parts, module, ema).items()}
-            tracker.log({k: v for k, v in metrics.items() if k.startswith("validation/")}, step=done)
         if done % loop.checkpoint_every_steps == 0 or last:
             facts = {"step": done, "seconds": spent + time.monotonic() - begun}
             _report(metrics | facts, module, optimizer, ema, place)
@@ -206,19 +199,6 @@ def _report(metrics: dict[str, Any], module: nn.Module, optimizer: Any, ema: Any
         facts = {"step": metrics["step"], "seconds": metrics["seconds"]}
         save_state(folder, module=module, optimizer=optimizer, ema=ema, facts=facts)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _validate(parts: Parts, module: nn.Module, ema: dict[str, Tensor] | None) -> dict[str, float]:
-    assert parts.validate is not None
-    if ema is not None:
-        _swap(module, ema)
-    module.eval()
-    with torch.no_grad():
-        metrics = parts.validate(module)
-    module.train()
-    if ema is not None:
-        _swap(module, ema)
-    return metrics
 
 
 @torch.no_grad()

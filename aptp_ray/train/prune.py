@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import ray.train
+import ray
 import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
@@ -18,8 +18,8 @@ from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.hardening import HardCodes, harden_codes, start_logits
 from aptp_ray.core.importance import ImportanceBatch, measure_importance
 from aptp_ray.core.macs import MacsModel
-from aptp_ray.core.objective import PruneObjective
 from aptp_ray.core.prompt_encoder import PromptEncoder
+from aptp_ray.core.prune_objective import PruneObjective
 from aptp_ray.core.randomness import keyed_generator
 from aptp_ray.core.relaxation import binarize, gumbel
 from aptp_ray.core.router import PromptRouter
@@ -32,12 +32,18 @@ from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
 from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
 
-# Prompts on which codes part and the transport's duals are fitted.
-_ROUTING_PROMPTS = 8192
+# Prompts of each split that the job hands in: on the training split's, codes part and the transport's duals are fitted; the
+# validation split's weigh the hardened codes.
+ROUTING_PROMPTS = 8192
 
 
 def prune_worker(settings: dict[str, Any]) -> None:
-    """Measures importance, trains the router, hardens the codes, and writes ``router`` and ``routing.json``."""
+    """Measures importance, trains the router, hardens the codes, and writes ``router`` and ``routing.json``.
+
+    Args:
+        settings: see ``launch``; and ``encoding``, and references to raw columns: ``samples`` (for importance), ``prompts``
+            and ``validation_prompts``. They come from the job, because a Dataset costs each worker an executor.
+    """
     worker = Worker.start(settings)
     config, spec, loop = worker.config, worker.config.prune, worker.config.prune.loop
     encoding = Encoding.from_json(settings["encoding"])
@@ -51,9 +57,10 @@ def prune_worker(settings: dict[str, Any]) -> None:
     draws = Draws(loop.seed, "prune", loop.global_batch_size, encoding, len(schedule.alphas_cumprod))
 
     # -- where codes start ---------------------------------------------------------------------------------------------
-    score = importance(worker, gated, macs, encoding, schedule.alphas_cumprod)
+    samples = decode_encoded(ray.get(settings["samples"]), encoding)
+    score = importance(worker, gated, macs, samples, schedule.alphas_cumprod)
     router = new_router(config, gated.space, macs, score, encoding.embedding_dim)
-    embeddings = prompt_embeddings("train", _ROUTING_PROMPTS)
+    embeddings = prompt_embeddings(ray.get(settings["prompts"]))
     objective = PruneObjective(
         router,
         gated,
@@ -84,7 +91,7 @@ def prune_worker(settings: dict[str, Any]) -> None:
 
     def save_router(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
         transport = router.fit_potentials(embeddings, epsilon=config.router.epsilon)
-        hard, shares = harden(config, router, macs, prompt_embeddings("validation", _ROUTING_PROMPTS))
+        hard, shares = harden(config, router, macs, prompt_embeddings(ray.get(settings["validation_prompts"])))
         write_router(worker.run, config, router, macs, hard, shares)
         return {
             "macs_ratio": round(hard.macs_ratio, 5),
@@ -173,8 +180,8 @@ def new_router(
     return router.attach(encoder)
 
 
-def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, encoding: Encoding, alphas: Tensor) -> Tensor:
-    """Measures each entry's importance, the samples parted among the ranks; kept beside the run's checkpoints.
+def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, rows: Rows, alphas: Tensor) -> Tensor:
+    """Measures each entry's importance on rows, parted among the ranks; kept beside the run's checkpoints.
 
     Returns:
         float64 [dim], the same on every rank.
@@ -183,10 +190,9 @@ def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, encoding: Enco
     if worker.run.exists(*kept):
         return load(worker.run.read_bytes(*kept))["score"]
     spec, place = worker.config.prune, worker.place
-    rows = decode_encoded(first_rows("train", spec.importance_samples), encoding)
     mine = slice(place.rank, None, place.world_size)
     batch = noised_batch(rows, spec.loop.seed, alphas, mine)
-    total = len(range(spec.importance_samples)[mine]) * (gated.space.dim + 1)
+    total = len(range(len(rows["mean"]))[mine]) * (gated.space.dim + 1)
     progress = Progress("importance", total, unit="rows", enabled=place.rank == 0)
     measured = measure_importance(
         gated, [batch], macs=macs, chunk=spec.importance_batch, progress=lambda done, _: progress.update(done)
@@ -258,18 +264,6 @@ def largest_overlap(codes: Tensor) -> float:
     )
 
 
-def first_rows(name: str, count: int) -> Rows:
-    """Returns the first rows of a Dataset that the job handed in, as raw columns."""
-    for rows in ray.train.get_dataset_shard(name).iter_batches(batch_size=count, batch_format="numpy"):
-        return rows
-    raise ValueError(f"the {name} rows are empty: see encoded/rejected.parquet")
-
-
-def prompt_embeddings(name: str, most: int) -> Tensor:
-    """Returns z of the first ``most`` prompts of a Dataset, [n, dim]."""
-    parts: list[np.ndarray] = []
-    for rows in ray.train.get_dataset_shard(name).iter_batches(batch_size=512, batch_format="numpy"):
-        parts.append(np.stack(list(rows[schema.EMBEDDING])).astype(np.float32))
-        if sum(map(len, parts)) >= most:
-            break
-    return torch.from_numpy(np.concatenate(parts)[:most])
+def prompt_embeddings(rows: Rows) -> Tensor:
+    """Returns z of prompts, float32 [n, dim]."""
+    return torch.from_numpy(np.stack(list(rows[schema.EMBEDDING])).astype(np.float32))

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from aptp_ray.artifacts import RunDir, resolve_source
 from aptp_ray.config import Config, ConfigError
-from aptp_ray.core.objective import FinetuneObjective
+from aptp_ray.core.finetune_objective import FinetuneObjective
 from aptp_ray.core.pretraining import VaeObjective, solve_encoder
 from aptp_ray.core.randomness import key_seed, keyed_generator
 from aptp_ray.data import schema
@@ -58,7 +58,7 @@ def vae_worker(settings: dict[str, Any]) -> None:
     objective = VaeObjective(vae, gradient_weight=spec.gradient_weight)
     parts = Parts(
         module=objective,
-        groups=[{"params": [p for p in vae.parameters() if p.requires_grad]}],
+        groups=[{"params": [p for p in vae.parameters() if p.requires_grad], **loop.optimizer.rates()}],
         inputs=inputs,
         decode=lambda rows: rows,
         save=save,
@@ -138,11 +138,12 @@ def import_teacher(config: Config, run: RunDir) -> dict[str, Any]:
     source = resolve_source(teacher.source, config.storage_options)
     try:
         if teacher.text_encoder is not None:
+            which: dict[str, Any] = {"revision": teacher.revision, "variant": teacher.variant, "torch_dtype": torch.float32}
             pipeline = build_pipeline(
                 config,
-                vae=AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32),
-                unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=torch.float32),
-                scheduler=DDIMScheduler.from_pretrained(source, subfolder="scheduler"),
+                vae=AutoencoderKL.from_pretrained(source, subfolder="vae", **which),
+                unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", **which),
+                scheduler=DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=teacher.revision),
             )
         else:
             pipeline = StableDiffusionPipeline.from_pretrained(
@@ -192,7 +193,7 @@ def unet_worker(settings: dict[str, Any]) -> None:
     )
     parts = Parts(
         module=objective,
-        groups=[{"params": list(unet.parameters())}],
+        groups=[{"params": list(unet.parameters()), **loop.optimizer.rates()}],
         inputs=draws,
         decode=lambda rows: decode_encoded(rows, encoding),
         save=save,

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from aptp_ray.artifacts import RunDir
-from aptp_ray.config import Config, Loop, parse_config
+from aptp_ray.config import Config, Loop
 from aptp_ray.core.components import TextEncoder, load_components
 from aptp_ray.tracking import Tracker
 from aptp_ray.train.launch import record_outcome
@@ -34,7 +34,7 @@ class Worker:
     @classmethod
     def start(cls, settings: dict[str, Any]) -> Worker:
         """Unpacks what ``launch`` sent, and sets this process up."""
-        config = parse_config(settings["config"])
+        config: Config = settings["config"]
         place = place_of_worker(config.compute.threads_per_worker)
         run = RunDir(settings["run_uri"], config.storage_options)
         return cls(config, run, settings["name"], settings["total_rows"], place, settings)
@@ -55,7 +55,7 @@ class Worker:
             entity=tracking.entity,
             mode=tracking.mode,
             name=f"{self.config.name}-{self.name}",
-            config=self.config.model_dump(mode="json"),
+            config=self.config,
             directory=self.run.path("wandb") if self.run.is_local else None,
             rank=self.place.rank,
             run_id=f"{Path(self.run.root).name}-{self.name}".replace("=", "-"),

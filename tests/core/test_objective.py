@@ -12,13 +12,11 @@ import torch.multiprocessing as mp
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from aptp_ray.core.finetune_objective import FinetuneObjective
 from aptp_ray.core.gates import GatedUNet
-from aptp_ray.core.macs import MacsModel
-from aptp_ray.core.objective import (
+from aptp_ray.core.losses import (
     FINETUNE_LOSSES,
     PRUNE_LOSSES,
-    FinetuneObjective,
-    PruneObjective,
     add_noise,
     contrastive_loss,
     match_losses,
@@ -27,7 +25,9 @@ from aptp_ray.core.objective import (
     prune_losses,
     weighted_sum,
 )
+from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.prune import prune_unet
+from aptp_ray.core.prune_objective import PruneObjective
 from aptp_ray.core.relaxation import binarize, gumbel, relax
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.transport import balanced_assignment

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from aptp_ray.core.relaxation import GUMBEL_MEDIAN, binarize, gumbel, openness, relax, straight_through
-from aptp_ray.core.space import ArchitectureSpace, Site
+from aptp_ray.core.sites import Site
+from aptp_ray.core.space import ArchitectureSpace
 from tests.core.tiny import tiny_sd21
 
 

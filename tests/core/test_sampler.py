@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,9 @@ from diffusers import (
 )
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel
 
-from aptp_ray.core.sampler import (
-    Components,
-    ImageRequest,
-    Sampler,
-    TextEncoder,
-    load_components,
-    load_unet,
-    make_scheduler,
-    noise_generator,
-)
+from aptp_ray.core.components import Components, TextEncoder, load_components, load_unet, make_scheduler
+from aptp_ray.core.image_request import ImageRequest, noise_generator
+from aptp_ray.core.sampler import Sampler
 
 # In float32 a larger batch changes the order of sums, no more: a fortieth of one step of 8 bits.
 TOLERANCE = 1e-4
@@ -187,15 +181,14 @@ def test_cancel_frees_the_place_and_hurts_nobody(pipeline: StableDiffusionPipeli
 
 
 def test_a_bad_request_fails_alone(pipeline: StableDiffusionPipeline) -> None:
-    sampler = _sampler(pipeline)
     text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
 
-    def picky(texts: list[str]) -> torch.Tensor:
+    def picky(texts: Sequence[str]) -> torch.Tensor:
         if "poison" in texts:
             raise RuntimeError("cannot read this prompt")
         return text(texts)
 
-    sampler._text = picky  # type: ignore[assignment]
+    sampler = Sampler(pipeline.unet, pipeline.vae, picky, pipeline.scheduler)
     bad_text = sampler.submit(ImageRequest("poison", num_inference_steps=3))
     bad_noise = sampler.submit(ImageRequest("fox", num_inference_steps=3, latents=torch.full((4, 8, 8), float("nan"))))
     other_shape = sampler.submit(ImageRequest("fox", num_inference_steps=3, latents=torch.zeros(4, 16, 16)))

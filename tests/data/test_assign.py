@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,8 +18,9 @@ from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.data.assign import ALTERNATE_EXPERTS, assign_split, routing_table
-from aptp_ray.data.encoded import count_rows, read_encoded, read_table
+from aptp_ray.data.encoded import ENCODED_SCHEMA, count_rows, read_encoded, read_encoding, read_table
 from aptp_ray.data.schema import CAPTION, EMBEDDING, ENCODED, EXPERT, GROUP, KEY, LATENT_MEAN
+from aptp_ray.encoding import Encoding, EncodingError
 
 EXPERTS = 2
 
@@ -82,6 +84,7 @@ def test_every_row_goes_to_the_expert_of_its_caption(
     (batch,) = read_encoded(run, "assigned", "expert=1").iter_batches(batch_size=None)
     assert set(batch[EXPERT].tolist()) == {1} and len(batch[LATENT_MEAN]) == counts[1]
     assert count_rows(run, "assigned", "expert=1") == counts[1]
+    assert read_encoding(run, "assigned", "expert=1") == read_encoding(run, "encoded", "train")
 
     first = {path.name: path.read_bytes() for path in Path(run.path("assigned")).rglob("expert=0/*")}
     assign_split(run, router_dir=router_dir, num_experts=EXPERTS)
@@ -110,6 +113,18 @@ def test_an_expert_without_rows_is_named_and_nothing_is_written(
     with pytest.raises(ValueError, match=r"routed to expert 1 .*router\.experts"):
         assign_split(run, router_dir=f"{tmp_path}/router", num_experts=EXPERTS, output=("lopsided",))
     assert not run.exists("lopsided") and not [name for name in Path(run.root).iterdir() if name.name.startswith(".")]
+
+
+def test_embeddings_of_another_encoder_than_the_routers_are_refused(tmp_path: Path, encoder: PromptEncoder) -> None:
+    run = RunDir(str(tmp_path))
+    made_by = Encoding((4, 8, 8), (12, 16), encoder.dim, 16, {"prompt_encoder": "another"})
+    run.write_json(made_by.to_json() | {"splits": {"train": {}}}, "encoded", "encoding.json")
+    (tmp_path / "encoded" / "train").mkdir()
+    pq.write_table(pa.Table.from_pylist([], schema=ENCODED_SCHEMA), run.path("encoded", "train", "part-000000.parquet"))
+    _router(encoder).save_pretrained(run.path("router"))
+    with pytest.raises(EncodingError, match="another prompt_encoder"):
+        assign_split(run, router_dir=run.path("router"), num_experts=EXPERTS)
+    assert not run.exists("assigned")
 
 
 def test_wrong_number_of_experts_and_missing_rows_are_named(run: RunDir, router_dir: str) -> None:

@@ -18,7 +18,7 @@ from ray.data.extensions import ArrowVariableShapedTensorArray
 from aptp_ray.artifacts import RunDir, RunDirError, resolve_source
 from aptp_ray.config import ConfigError
 from aptp_ray.core.prompt_encoder import PromptEncoder
-from aptp_ray.data.encoded import count_rows, read_encoded, read_encoding, read_table, replacing
+from aptp_ray.data.encoded import count_rows, read_encoded, read_encoding, read_first, read_table, replacing
 from aptp_ray.data.encoder import Encoder, EncoderSpec
 from aptp_ray.data.rows import PASSED_ON, crop_rows
 from aptp_ray.data.schema import (
@@ -63,6 +63,15 @@ def test_rows_are_complete_ordered_and_of_the_contract(run: RunDir, shards: Shar
     assert [row[KEY] for row in rows] == shards.keys
     assert [row[CAPTION] for row in rows] == [caption_of(key) for key in shards.keys]
     assert count_rows(run, "encoded", "train") == len(shards.keys)
+
+
+def test_the_first_rows_are_those_that_a_stream_begins_with(run: RunDir) -> None:
+    stream = read_encoded(run, "encoded", "train", columns=[KEY, LATENT_MEAN]).iter_batches(batch_size=7, batch_format="numpy")
+    expected = next(iter(stream))
+    found = read_first(run, "encoded", "train", columns=[KEY, LATENT_MEAN], rows=7)
+    assert list(found[KEY]) == list(expected[KEY]) and list(found[LATENT_MEAN]) == list(expected[LATENT_MEAN])
+    everything = count_rows(run, "encoded", "train")
+    assert len(read_first(run, "encoded", "train", columns=[KEY], rows=everything + 1)[KEY]) == everything
 
 
 def test_rejected_rows_are_reported_with_reasons(run: RunDir, shards: Shards) -> None:

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from aptp_ray.artifacts import RunDir, RunDirError
+from aptp_ray.core.components import load_components, load_unet
 from aptp_ray.core.macs import count_macs
-from aptp_ray.core.sampler import Sampler, load_components, load_unet
+from aptp_ray.core.sampler import Sampler
 from aptp_ray.evaluate.generate import draw_group, sample_seed
 from aptp_ray.evaluate.report import build_report
 from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config

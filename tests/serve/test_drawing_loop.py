@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aptp_ray.core.sampler import Sampler, load_components, load_unet
+from aptp_ray.core.components import load_components, load_unet
+from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.expert import DrawingLoop
 from aptp_ray.serve.protocol import DrawJob, Outcome
 

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from ray import serve
 
+from aptp_ray.core.components import load_components, load_unet
 from aptp_ray.core.router import PromptRouter
-from aptp_ray.core.sampler import Sampler, load_components, load_unet
+from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.run import APP_NAME, ServeError, start
 
 URL = "/v1/images/generations"

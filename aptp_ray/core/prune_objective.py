@@ -1,54 +1,32 @@
-"""One batch -> named losses: where router, gates, transport and MACs meet (APTP, section 3.3).
+"""The prune stage's batch -> named losses: where router, gates, transport and MACs meet (APTP, section 3.3).
 
 Losses that compare prompts with one another (`resource`, `contrastive`, `commitment`, `spread`, `peak`) are computed on
 the joined batch of all ranks, on every rank; the others are means over a rank's own rows, which DistributedDataParallel
-averages. The formulas themselves are in `losses.py`, and importable from here.
+averages. The formulas themselves are in `losses.py`.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aptp_ray.core.gates import GatedUNet, capture_blocks
+from aptp_ray.core.code_router import CodeRouter
+from aptp_ray.core.gates import GatedUNet, capture_blocks, run_unet
 from aptp_ray.core.losses import (
-    FINETUNE_LOSSES,
-    PRUNE_LOSSES,
     ContrastiveForm,
     PredictionType,
     add_noise,
     check_prediction_type,
-    contrastive_loss,
-    finetune_losses,
-    match_losses,
     min_snr_weights,
     prediction_target,
     prune_losses,
-    weighted_sum,
 )
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.relaxation import relax, straight_through
-from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, prefer_lowest
-
-__all__ = [
-    "FINETUNE_LOSSES",
-    "PRUNE_LOSSES",
-    "FinetuneObjective",
-    "PruneObjective",
-    "add_noise",
-    "contrastive_loss",
-    "finetune_losses",
-    "match_losses",
-    "min_snr_weights",
-    "prediction_target",
-    "prune_losses",
-    "weighted_sum",
-]
 
 Phase = Literal["warmup", "codes"]
 
@@ -66,7 +44,7 @@ class PruneObjective(nn.Module):
 
     def __init__(
         self,
-        router: PromptRouter,
+        router: CodeRouter,
         gated: GatedUNet,
         macs: MacsModel,
         *,
@@ -111,11 +89,7 @@ class PruneObjective(nn.Module):
         """
         super().__init__()
         check_prediction_type(prediction_type)
-        floor = macs.floor / macs.total
-        if not floor < budget <= 1:
-            raise ValueError(f"budget {budget} is outside ({floor:.4f}, 1]: below lies what cannot be pruned")
-        if noisy_similarity and noise_per != "code":
-            raise ValueError("noisy_similarity compares codes under their own noise; it needs noise_per='code'")
+        _check_choices(macs, budget, noise_per, noisy_similarity)
         self.router, self.gated, self.macs = router, gated.requires_grad_(False).eval(), macs
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
         self.prediction_type, self.budget, self.gamma = prediction_type, budget, gamma
@@ -247,9 +221,9 @@ class PruneObjective(nn.Module):
         inputs = (noised, timesteps, text_states, text_mask)
         with capture_blocks(self.gated.unet) as blocks:
             with torch.no_grad():
-                teacher_output, teacher_blocks = _forward(self.gated, *inputs), list(blocks)
+                teacher_output, teacher_blocks = run_unet(self.gated, *inputs), list(blocks)
             with self.gated.use(masks):
-                model_output, student_blocks = _forward(self.gated, *inputs), list(blocks)
+                model_output, student_blocks = run_unet(self.gated, *inputs), list(blocks)
         return {
             "model_output": model_output,
             "teacher_output": teacher_output,
@@ -266,110 +240,12 @@ class PruneObjective(nn.Module):
             raise ValueError(f"gumbel_noise must be {list(expected)} in phase {phase!r}, got {list(noise.shape)}")
 
 
-class FinetuneObjective(nn.Module):
-    """The step of every stage that trains a UNet: the shared phase, an expert, and (without a teacher) a teacher."""
-
-    alphas_cumprod: Tensor
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        *,
-        alphas_cumprod: Tensor,
-        prediction_type: PredictionType,
-        gamma: float | None = 5.0,
-        normalise_blocks: bool = True,
-    ) -> None:
-        """Freezes the teacher.
-
-        Args:
-            student: learns; a GatedUNet for training under codes, else a UNet (a pruned one, or the teacher to be).
-            teacher: a UNet of its own, or None to train on the data alone.
-            alphas_cumprod: [train timesteps], the scheduler's.
-            prediction_type: the scheduler's.
-            gamma: of the min-SNR weights.
-            normalise_blocks: see `match_losses`.
-
-        Raises:
-            ValueError: the student's and the teacher's weights are the same tensors.
-        """
-        super().__init__()
-        check_prediction_type(prediction_type)
-        if teacher is not None and {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
-            raise ValueError("student and teacher share weights; load the teacher a second time (or deepcopy it)")
-        self.student = student
-        self.teacher: nn.Module | None = None if teacher is None else teacher.requires_grad_(False).eval()
-        self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
-        self.prediction_type, self.gamma, self.normalise_blocks = prediction_type, gamma, normalise_blocks
-
-    def train(self, mode: bool = True) -> FinetuneObjective:
-        """Trains the student only: the teacher's dropout stays off."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
-    def forward(
-        self,
-        latents: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        text_states: Tensor,
-        text_mask: Tensor | None = None,
-        codes: Tensor | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """One batch.
-
-        Args:
-            latents: [b, channels, height, width], clean and scaled.
-            noise: the same shape, standard normal.
-            timesteps: [b] int64.
-            text_states: [b, tokens, text_dim].
-            text_mask: bool [b, tokens], or None.
-            codes: bool [b, dim], each sample's own, for a GatedUNet; None runs the student as it is.
-
-        Returns:
-            The losses named in `FINETUNE_LOSSES`, and statistics: `match`, the distillation error over the mean square
-            of the teacher's output.
-
-        Raises:
-            TypeError: codes for a student without gates.
-        """
-        student: Any = self.student
-        if codes is not None and not isinstance(student, GatedUNet):
-            raise TypeError("codes need a GatedUNet as the student; a pruned UNet has its code built in")
-        inputs = (add_noise(self.alphas_cumprod, latents, noise, timesteps), timesteps, text_states, text_mask)
-        teacher, stats = self.teacher, dict[str, Any]()
-        teacher_output, teacher_blocks = None, list[Tensor]()
-        if teacher is not None:
-            with torch.no_grad(), capture_blocks(cast(Any, teacher)) as blocks:
-                teacher_output, teacher_blocks = _forward(teacher, *inputs), list(blocks)
-        masks = student.use(codes) if isinstance(student, GatedUNet) and codes is not None else nullcontext()
-        with masks, capture_blocks(student.unet if isinstance(student, GatedUNet) else student) as blocks:
-            model_output = _forward(student, *inputs)
-            student_blocks = list(blocks) if teacher is not None else []
-        losses = finetune_losses(
-            model_output=model_output,
-            target=prediction_target(self.alphas_cumprod, latents, noise, timesteps, self.prediction_type),
-            snr_weight=min_snr_weights(self.alphas_cumprod, timesteps, self.gamma, self.prediction_type),
-            teacher_output=teacher_output, student_blocks=student_blocks, teacher_blocks=teacher_blocks,
-            normalise_blocks=self.normalise_blocks,
-        )  # fmt: skip
-        if teacher_output is not None:
-            scale = teacher_output.float().pow(2).mean().clamp_min(1e-12)
-            stats["match"] = float(losses["distillation"].detach() / scale)
-        return losses, stats
-
-
-def _forward(
-    unet: Any, sample: Tensor, timesteps: Tensor, text_states: Tensor, text_mask: Tensor | None
-) -> Tensor:
-    dtype = unet.dtype
-    # diffusers turns `encoder_attention_mask` into a bias, (1 - mask) * -10000, so None and all ones are the same.
-    return unet(
-        sample.to(dtype), timesteps, encoder_hidden_states=text_states.to(dtype), encoder_attention_mask=text_mask
-    ).sample
+def _check_choices(macs: MacsModel, budget: float, noise_per: str, noisy_similarity: bool) -> None:
+    floor = macs.floor / macs.total
+    if not floor < budget <= 1:
+        raise ValueError(f"budget {budget} is outside ({floor:.4f}, 1]: below lies what cannot be pruned")
+    if noisy_similarity and noise_per != "code":
+        raise ValueError("noisy_similarity compares codes under their own noise; it needs noise_per='code'")
 
 
 def _own_rows(rows: int) -> slice:
