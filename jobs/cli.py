@@ -72,7 +72,8 @@ def ray_session(config: Config) -> Any:
         ray.init(log_to_driver=False)
     else:
         cores = os.cpu_count() or 1
-        memory = min(2 << 30, _memory() // 5)
+        # What the store has touched once stays resident until the session ends; Ray Data holds back, and spills, at its limit.
+        memory = min(1 << 30, _memory() // 5)
         # Job scripts import their neighbours, and workers must be able to, too.
         ray.init(
             num_cpus=max(4, cores),

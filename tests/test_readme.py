@@ -58,7 +58,6 @@ def test_every_picture_and_file_of_readme_is_there() -> None:
             assert (ROOT / path).exists(), path
 
 
-@pytest.mark.slow
 def test_the_quickstart_runs_ends_with_an_image_over_http_and_does_nothing_twice(tmp_path: Path) -> None:
     arguments = ["jobs/quickstart.py", "jobs/configs/smoke.yaml", "--run-dir", str(tmp_path / "run"), "--no-serve"]
     first = run(*arguments)

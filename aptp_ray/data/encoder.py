@@ -77,7 +77,8 @@ class Encoder:
         for model in (self._vae, self._text_encoder):
             model.to(self._device).eval().requires_grad_(False)
         self._tokens = _num_tokens(self._tokenizer, spec.max_tokens)
-        self._prompt_encoder = PromptEncoder.from_pretrained(resolve_source(spec.prompt_encoder, spec.storage_options), device=self._device)
+        source = resolve_source(spec.prompt_encoder, spec.storage_options)
+        self._prompt_encoder = PromptEncoder.from_pretrained(source, device=self._device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Encodes cropped rows.

@@ -71,8 +71,9 @@ def encode(
     source: Any, run: RunDir, pipeline_dir: Path, parts: tuple[str, ...] = ("encoded", "train"), **given: Any
 ) -> dict[str, Any]:
     """Encodes with small batches and files, so that there are several of both."""
-    settings = {"resolution": RESOLUTION, "batch_size": 4, "num_actors": 1, "rows_per_file": 8} | given
-    return encode_split(source, run, parts, pipeline_dir=str(pipeline_dir), prompt_encoder_source=MINILM, **settings)
+    small = {"resolution": RESOLUTION, "batch_size": 4, "num_actors": 1, "rows_per_file": 8}
+    settings = {"prompt_encoder_source": MINILM} | small | given
+    return encode_split(source, run, parts, pipeline_dir=str(pipeline_dir), **settings)
 
 
 @dataclass

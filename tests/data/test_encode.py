@@ -183,6 +183,7 @@ def test_failure_keeps_the_old_rows_off_and_leaves_nothing_behind(
         ({"source": "/nowhere/*.tar"}, ConfigError, "/nowhere/"),
         ({"resolution": 15}, ValueError, "data.resolution=15 is not a multiple of 2"),
         ({"precision": "int8"}, ValueError, "data.precision"),
+        ({"prompt_encoder_source": "/nowhere"}, ConfigError, "router.prompt_encoder='/nowhere'"),
         ({"pipeline_dir": Path("/nowhere")}, FileNotFoundError, "/nowhere is not a diffusers pipeline"),
     ],
 )
