@@ -148,7 +148,7 @@ class RunDir:
         Args:
             config: of this run.
             stage: the stage that begins now; None: none yet.
-            overwrite: forget the stage's manifest entry and its checkpoints, so that it starts anew.
+            overwrite: forget the stage and all after it, which were made from what it made: manifest entries and checkpoints.
 
         Raises:
             RunDirError: if the place cannot be written, or a stage before ``stage`` was made with another config.
@@ -167,10 +167,12 @@ class RunDir:
             return
         manifest = self.manifest()
         if overwrite:
-            manifest["stages"].pop(stage, None)
-            for pattern in _PROGRESS.get(stage, ()):
-                for found in self.fs.glob(self.path(pattern)):
-                    self.fs.rm(found, recursive=True)
+            for name in STAGES[STAGES.index(stage) :]:
+                manifest["stages"].pop(name, None)
+                manifest.get("begun", {}).pop(name, None)
+                for pattern in _PROGRESS.get(name, ()):
+                    for found in self.fs.glob(self.path(pattern)):
+                        self.fs.rm(found, recursive=True)
         manifest.setdefault("begun", {})[stage] = stage_hash(config, stage)
         self.write_json(manifest, "manifest.json")
 

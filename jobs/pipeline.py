@@ -36,8 +36,13 @@ def run_pipeline(config: Config, run: RunDir, *, overwrite: bool = False) -> dic
 
 def figures(config: Config, run: RunDir) -> dict[str, Any]:
     """The main figures of a finished run."""
-    routing = run.read_json("routing.json")
-    return {"budget": config.prune.budget, "macs_ratio": round(routing["macs_ratio"], 5), "experts": routing["experts"]}
+    routing, report = run.read_json("routing.json"), run.manifest()["stages"]["report"]
+    return {
+        "budget": config.prune.budget,
+        "macs_ratio": report["macs_ratio"],  # counted on the experts' UNets
+        "experts": routing["experts"],
+        **{name: report[name] for name in ("largest_overlap", "information", "captions_agree")},
+    }
 
 
 def main() -> None:

@@ -204,17 +204,19 @@ def test_a_stage_that_was_begun_with_another_config_is_refused(run: RunDir) -> N
     assert content(run) == before
 
 
-def test_overwriting_forgets_the_stages_checkpoints_and_only_those(run: RunDir) -> None:
-    finished(run, A, "teacher", "encode", "prune")
-    run.write_bytes(b"1", "train", "prune", "checkpoint_1", "state.safetensors")
-    run.write_bytes(b"2", "train", "teacher-unet", "checkpoint_1", "state.safetensors")
+def test_overwriting_forgets_a_stage_and_what_was_made_from_it(run: RunDir) -> None:
+    finished(run, A, "teacher", "encode", "prune", "assign", "finetune")
+    for name in ("prune", "teacher-unet", "expert-0"):
+        run.write_bytes(b"1", "train", name, "checkpoint_1", "state.safetensors")
     assert not run.is_done(B, "prune", overwrite=True)
     run.prepare(B, "prune", overwrite=True)
-    assert not run.exists("train", "prune", "checkpoint_1", "state.safetensors")
-    assert run.read_bytes("train", "teacher-unet", "checkpoint_1", "state.safetensors") == b"2"
+    assert not run.exists("train", "prune", "checkpoint_1") and not run.exists("train", "expert-0", "checkpoint_1")
+    assert run.exists("train", "teacher-unet", "checkpoint_1", "state.safetensors")
     assert not run.is_done(B, "prune"), "killed while it is remade, it is not done"
     run.finish(B, "prune")
     assert run.is_done(B, "prune") and run.is_done(B, "encode")
+    # Experts of the codes before are not experts of these.
+    assert not run.is_done(B, "assign") and not run.is_done(B, "finetune")
 
 
 def test_going_on_keeps_the_checkpoints(run: RunDir) -> None:

@@ -244,17 +244,18 @@ def _kept_by_kind(router: PromptRouter, code: torch.Tensor) -> dict[str, float]:
 
 
 def _summary(figures: dict[str, Any]) -> dict[str, Any]:
-    first = figures["routing"]["labels"][0]
+    routing = figures["routing"]
+    overlaps = [value for row, values in enumerate(routing["overlap"]) for value in values[:row]]
     return {
         "macs_ratio": round(figures["macs_ratio"], 5),
         "budget": figures["budget"],
+        "largest_overlap": round(max(overlaps, default=0.0), 4),
         "information": {
-            "label": first["label"],
-            "value": round(first["information"], 4),
-            "shuffled": round(first["shuffled"], 4),
+            label["label"]: {"value": round(label["information"], 4), "shuffled": round(label["shuffled"], 4)}
+            for label in routing["labels"]
         },
-        "captions_agree": figures["routing"]["captions"]["all_agree"],
-        "psnr": figures["similarity"]["psnr"],
+        "captions_agree": routing["captions"],
+        "psnr": round(figures["similarity"]["psnr"], 2),
         "experts": [
             {
                 "macs_ratio": round(e["macs_ratio"], 4),
