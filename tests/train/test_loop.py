@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ class Regression(nn.Module):
         return {"square": (predicted - rows.sum(1)).square().mean(), "size": self.weight.square().mean()}, {}
 
 
+def wait_for_checkpoint(folder: Path) -> None:
+    """Ray Train's controller records a checkpoint a while after it was reported; a run that dies before starts anew."""
+    snapshot = folder / "train" / "test" / "checkpoint_manager_snapshot.json"
+    for _ in range(600):
+        text = snapshot.read_text() if snapshot.exists() else ""
+        if text.endswith("}") and json.loads(text)["latest_checkpoint_result"]:  # else it is being written
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{snapshot} names no checkpoint after a minute")
+
+
 def worker(settings: dict[str, Any]) -> None:
     """Trains; dies without a word at step ``crash_at``, the first time it gets there."""
     at_work = Worker.start(settings)
@@ -48,6 +60,7 @@ def worker(settings: dict[str, Any]) -> None:
     def inputs(rows: dict[str, np.ndarray], step: int, mine: slice) -> dict[str, Any]:
         crashed = folder / "crashed"
         if step == settings.get("crash_at") and at_work.place.rank == 0 and not crashed.exists():
+            wait_for_checkpoint(folder)
             crashed.touch()
             os._exit(1)
         keep = torch.rand(loop.global_batch_size, 4, generator=keyed_generator("keep", step)) > 0.3
