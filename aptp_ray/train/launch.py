@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
@@ -102,8 +105,26 @@ def launch(
         datasets=datasets,
         dataset_config=WholeStreams(execution_options=ExecutionOptions(preserve_order=True)),
     )
-    trainer.fit()
+    with _interrupts_given_back():
+        trainer.fit()
     return run.read_json("train", name, "outcome.json")
+
+
+@contextmanager
+def _interrupts_given_back() -> Iterator[None]:
+    """Takes Ray Train's handler of Ctrl-C away when a run is over.
+
+    ``fit`` leaves it in place: a later Ctrl-C would abort a run that has ended, and the handler keeps the run's controller and
+    the actors of its Datasets in memory for as long as the job lives.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where nobody can set handlers
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
 
 
 def record_outcome(run: RunDir, name: str, outcome: dict[str, Any]) -> None:

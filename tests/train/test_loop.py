@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -139,7 +140,9 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(
 
 
 def test_two_workers_compute_what_one_does(undisturbed: tuple[dict[str, Any], list[list[float]]], tmp_path: Path) -> None:
+    interrupts = signal.getsignal(signal.SIGINT)
     outcome, seen = train(tmp_path / "run", workers=2)
+    assert signal.getsignal(signal.SIGINT) is interrupts, "Ray Train's handler of Ctrl-C outlives its run"
     expected, losses = undisturbed
     # Rank 0 logs the loss of its own half of the batch; what both computed together shows in the weights.
     assert [row[0] for row in seen] == [row[0] for row in losses]
