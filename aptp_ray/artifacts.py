@@ -23,8 +23,10 @@ from aptp_ray.storage import RunDirError, fetch, file_system, replacing_folder, 
 
 # What a stage that has not finished leaves behind, and goes on from (globs below the run directory).
 _PROGRESS: dict[str, tuple[str, ...]] = {
-    "teacher": ("teacher_parts", "teacher_encoded", "train/teacher-*"),
+    "teacher": ("teacher_parts", "teacher_images", "teacher_encoded", "train/teacher-*"),
+    "encode": ("encoded/*/_units",),
     "prune": ("train/prune",),
+    "assign": ("assigned/_units",),
     "finetune": ("train/finetune-*", "train/expert-*"),
 }
 

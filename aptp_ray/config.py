@@ -21,8 +21,10 @@ from aptp_ray.sections import (
     Compute,
     ConfigError,
     Data,
+    Encode,
     Finetune,
     Loop,
+    OpenMoji,
     Optimizer,
     Prune,
     RatedLoop,
@@ -45,6 +47,7 @@ class Config(Section):
     run_dir: str = Field(description="any fsspec URI; relative paths are local")
     seed: int = Field(0, description="of the data that the demo draws; the training loops have their own")
     data: Data
+    encode: Encode = Encode()
     teacher: Teacher
     router: Router = Router()
     prune: Prune = Prune()
@@ -70,11 +73,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _work_divides(self) -> Config:
+        teacher = self.teacher
+        loops: dict[str, Loop | None] = {
+            "teacher.vae.loop": teacher.vae.loop if teacher.vae else None,
+            "teacher.unet.loop": teacher.unet.loop if teacher.unet else None,
+            "prune.loop": self.prune.loop,
+            "finetune.shared": self.finetune.shared,
+            "finetune.apart": self.finetune.apart,
+        }
+        for name, loop in loops.items():
+            if loop is not None:
+                loop.check_division(name, loop.workers or self.compute.workers)
+        return self
+
+    @model_validator(mode="after")
     def _no_passwords_in_addresses(self) -> Config:
         addresses = {
             "run_dir": self.run_dir,
-            "data.source.train": self.data.source.train,
-            "data.source.validation": self.data.source.validation,
+            **_addresses(self.data.source, "data.source"),
             "teacher.source": self.teacher.source,
             "teacher.text_encoder": self.teacher.text_encoder,
             "router.prompt_encoder": self.router.prompt_encoder,
@@ -90,14 +107,16 @@ class Config(Section):
         Raises:
             ConfigError: if an environment variable is not set.
         """
-        return revealed(self.data.source.storage_options, "data.source.storage_options")
+        source = self.data.source
+        return {} if isinstance(source, OpenMoji) else revealed(source.storage_options, "data.source.storage_options")
 
     def masked(self) -> dict[str, Any]:
         """Returns the tree as plain values fit to be written and logged: no secret is in it (see ``credentials.py``)."""
         tree = self.model_dump(mode="json")
         tree["storage_options"] = masked(self.storage_options, "storage_options")
-        source = tree["data"]["source"]
-        source["storage_options"] = masked(self.data.source.storage_options, "data.source.storage_options")
+        if not isinstance(self.data.source, OpenMoji):
+            options = masked(self.data.source.storage_options, "data.source.storage_options")
+            tree["data"]["source"]["storage_options"] = options
         return tree
 
     def to_yaml(self) -> str:
@@ -107,11 +126,6 @@ class Config(Section):
 
 STAGES = ("teacher", "encode", "prune", "assign", "finetune", "report")
 
-# What a kind of source never reads; it decides nothing.
-_UNREAD = {
-    "webdataset": {"train_images", "validation_images", "images_per_shard"},
-    "openmoji": {"train", "validation"},
-}
 _VALIDATION = {"validation", "validation_images"}
 
 
@@ -134,10 +148,10 @@ def stage_hash(config: Config, stage: str) -> str:
 def _decided_by(config: Config) -> dict[str, dict[str, Any]]:
     """What each stage reads beyond what the stages before it made."""
     data = _what(config.data)
-    drawn = config.data.source.kind == "openmoji"
-    source = {key: value for key, value in data["source"].items() if key not in _UNREAD[config.data.source.kind]}
+    source = data["source"]
     # The demo's shards are drawn from the seed; the training loops have seeds of their own.
-    rows = data | {"source": source} | ({"seed": config.seed} if drawn else {})
+    seed = {"seed": config.seed} if isinstance(config.data.source, OpenMoji) else {}
+    rows = data | {"encode": _what(config.encode)} | seed
     training = rows | {"source": {key: value for key, value in source.items() if key not in _VALIDATION}}
     return {
         # A teacher that is taken as it is sees no data.
@@ -148,6 +162,18 @@ def _decided_by(config: Config) -> dict[str, dict[str, Any]]:
         "finetune": {"finetune": _what(config.finetune)},
         "report": {"sampling": _what(config.sampling), "report": _what(config.report)},
     }
+
+
+def _addresses(section: Section, name: str) -> dict[str, str]:
+    """Every text value of a section and of those in it, by its key in the tree."""
+    found: dict[str, str] = {}
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if isinstance(value, Section):
+            found |= _addresses(value, f"{name}.{key}")
+        elif isinstance(value, str):
+            found[f"{name}.{key}"] = value
+    return found
 
 
 def _what(section: Section) -> dict[str, Any]:
@@ -192,9 +218,16 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg']}{_given(item)}" for item in error.errors()
+            f"{_key(item['loc']) or 'config'}: {item['msg']}{_given(item)}" for item in error.errors()
         )
         raise ConfigError(f"{origin}: {problems}") from error
+
+
+def _key(place: tuple[str | int, ...]) -> str:
+    """A key as a file has it: pydantic also names the kind of ``data.source``, by which it picked the section."""
+    if place[:2] == ("data", "source"):
+        place = place[:2] + place[3:]
+    return ".".join(str(part) for part in place)
 
 
 def _given(item: Any) -> str:

@@ -1,14 +1,15 @@
 """What encoded rows are made of: shapes, types and the encoders that made them, and how tensors become bytes and back.
 
-``encoded/encoding.json`` holds an :class:`Encoding`. Stages that read encoded rows compare its fingerprints with the
-encoders that they hold, so that no UNet is trained on another VAE's latents.
+``encoded/encoding.json`` holds an :class:`Encoding`. Stages that read encoded rows compare it with the encoders that they
+hold and with what the config asks for, so that no UNet is trained on another VAE's latents.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,19 @@ class EncodingError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Shapes of the stored tensors and fingerprints of the encoders.
+    """Shapes of the tensors, fingerprints of the encoders, and how both came about.
 
     Attributes:
         latent_shape: (channels, height, width).
-        text_shape: (tokens, width).
+        text_shape: (tokens, width) of the text encoder's states, whether they are stored or made in training.
         embedding_dim: of the prompt embedding z.
         resolution: pixels of an image's side.
         fingerprints: ``{"vae": ..., "text_encoder": ..., "tokenizer": ..., "prompt_encoder": ...}``; see :func:`fingerprint`.
+        text: "states" or "tokens": what is stored of a caption.
+        mode: "offline": rows hold tensors; "online": light rows, whose tensors are made anew in each epoch.
+        precision: in which the VAE and the text encoder ran: "fp32", "bf16" or "fp16".
+        framing: how an image became a square; the fields of :class:`~aptp_ray.data.rows.Framing`.
+        sources: where the encoders came from, and of which class they are. For people: two copies of a model are one encoder.
     """
 
     latent_shape: tuple[int, int, int]
@@ -40,19 +46,34 @@ class Encoding:
     embedding_dim: int
     resolution: int
     fingerprints: dict[str, str]
+    text: str = "states"
+    mode: str = "offline"
+    precision: str = "fp32"
+    framing: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Encoding:
-        return cls(
-            latent_shape=tuple(value["latent_shape"]),
-            text_shape=tuple(value["text_shape"]),
-            embedding_dim=value["embedding_dim"],
-            resolution=value["resolution"],
-            fingerprints=dict(value["fingerprints"]),
-        )
+        """Reads what :meth:`to_json` wrote; other keys are left alone.
+
+        Raises:
+            EncodingError: if a field is missing: another version of this package wrote it.
+        """
+        missing = [item.name for item in fields(cls) if item.name not in value]
+        if missing:
+            raise EncodingError(
+                f"another version encoded these rows: their {', '.join(missing)} is not known; run jobs/encode.py --overwrite"
+            )
+        known = {item.name: value[item.name] for item in fields(cls)}
+        shapes = {name: tuple(value[name]) for name in ("latent_shape", "text_shape")}
+        return cls(**(known | shapes))
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all that decides what the rows hold, as plain values."""
+        return {name: value for name, value in json.loads(json.dumps(self.to_json())).items() if name != "sources"}
 
     def check(self, **expected: str) -> None:
         """Compares fingerprints.
@@ -69,17 +90,17 @@ class Encoding:
                 )
 
     def check_same(self, at_hand: Encoding) -> None:
-        """Compares all with what the encoders at hand would make of an image and a caption.
+        """Compares all with what the encoders at hand, run as the config says, would make of an image and a caption.
 
         Raises:
-            EncodingError: if an encoder, or a shape, differs.
+            EncodingError: if an encoder, a shape, the precision, the framing, or what is stored differs.
         """
         self.check(**at_hand.fingerprints)
-        for name, value in at_hand.to_json().items():
-            found = self.to_json()[name]
-            if name != "fingerprints" and found != value:
+        mine = self.identity()
+        for name, value in at_hand.identity().items():
+            if name != "fingerprints" and mine[name] != value:
                 raise EncodingError(
-                    f"the encoded rows have {name} {found}, the config now asks for {value}: run jobs/encode.py --overwrite"
+                    f"the encoded rows have {name} {mine[name]}, the config now asks for {value}: run jobs/encode.py --overwrite"
                 )
 
 
@@ -88,14 +109,14 @@ def pack(rows: np.ndarray) -> list[bytes]:
     return [row.tobytes() for row in np.ascontiguousarray(rows, dtype=_STORED)]
 
 
-def unpack(column: Iterable[bytes] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """n byte strings -> float16 [n, *shape], writable.
+def unpack(column: Iterable[bytes] | np.ndarray, shape: Sequence[int], dtype: str = "<f2") -> np.ndarray:
+    """n byte strings -> [n, *shape], writable: float16 tensors, or token ids with ``dtype="<i4"``.
 
     Raises:
         ValueError: if the bytes are not of that shape.
     """
     items = list(column)
-    flat = np.frombuffer(b"".join(items), dtype=_STORED)
+    flat = np.frombuffer(b"".join(items), dtype=dtype)
     if flat.size != len(items) * int(np.prod(shape)):
         raise ValueError(
             f"{len(items)} stored tensors hold {flat.size} values, not {tuple(shape)} each: encoding.json is not theirs"

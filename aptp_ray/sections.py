@@ -5,6 +5,7 @@ Every field stands here with its type, its limits and its default. A key that no
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+MOST_IMAGES = 32  # of one UNet call, where the config sets no limit
 
 # In the annotation of a field that says where or how fast a thing is made, never what: it is in no stage's hash.
 HOW = "how"
@@ -63,11 +66,47 @@ class Loop(Section):
     optimizer: Schedule = Schedule()
     precision: Precision = "fp32"
     seed: int = 0
-    shuffle_window: Positive = Field(4096, description="rows permuted together, keyed by (seed, epoch, window)")
+    shuffle_window: Positive = Field(4096, description="rows held and permuted together, over all lanes")
+    lanes: Positive | None = Field(
+        None, description="parts of the data that feed each global batch; null: as many as fit, up to 64. The workers divide them"
+    )
     log_every_steps: Annotated[Positive, HOW] = 10
+    accumulation: Positive = Field(1, description="passes into which a worker's share of the global batch is cut, to save memory")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass, to save memory")
+    channels_last: bool = Field(False, description="memory format of the UNet: faster on tensor cores, slower on CPUs")
+    compile: bool = Field(False, description="torch.compile the UNet that is trained; the first steps then take minutes")
     checkpoint_every_steps: Annotated[Positive, HOW] = 500
+    checkpoint_every_minutes: Annotated[float | None, HOW] = Field(
+        None, gt=0.0, description="a checkpoint at least this often, whatever a step takes; null: by steps alone"
+    )
+    validate_every_steps: Annotated[Positive | None, HOW] = Field(
+        None, description="losses on held-out rows, with draws that are the same each time; null: at the end alone"
+    )
+    validation_batches: Annotated[Positive, HOW] = Field(2, description="global batches of one validation")
     num_checkpoints: Annotated[Positive, HOW] = Field(2, description="how many checkpoints are kept")
     workers: Annotated[Positive | None, HOW] = Field(None, description="Train workers of this stage; null: compute.workers")
+
+    def num_lanes(self) -> int:
+        """Returns ``lanes``, or the largest power of two up to 64 that divides the global batch."""
+        return self.lanes or math.gcd(self.global_batch_size, 64)
+
+    def check_division(self, name: str, workers: int | tuple[int, int]) -> None:
+        """Refuses a global batch that cannot be dealt out: evenly to a fixed number of workers, at all to an elastic one.
+
+        Raises:
+            ValueError: if the lanes do not divide the global batch, or the workers the lanes.
+        """
+        lanes = self.num_lanes()
+        if self.global_batch_size % lanes:
+            raise ValueError(
+                f"{name}.lanes={lanes} does not divide {name}.global_batch_size={self.global_batch_size}: change one of them"
+            )
+        most = workers if isinstance(workers, int) else workers[1]
+        if most > lanes or (isinstance(workers, int) and lanes % workers):
+            raise ValueError(
+                f"the {most} workers of {name} do not divide its {lanes} lanes (global_batch_size={self.global_batch_size}): "
+                f"change compute.workers or {name}.workers, or set {name}.lanes to a multiple of it that divides the global batch"
+            )
 
 
 class RatedLoop(Loop):
@@ -76,35 +115,129 @@ class RatedLoop(Loop):
     optimizer: Optimizer = Optimizer()
 
 
-class Source(Section):
-    """Where captioned images come from."""
+class Layout(Section):
+    """What the layouts of captioned images share."""
 
-    kind: Literal["webdataset", "openmoji"] = "webdataset"
-    train: str | None = Field(None, description="webdataset: path, glob or brace pattern of the training shards")
-    validation: str | None = Field(None, description="webdataset: the same for validation")
-    train_images: Positive = Field(12000, description="openmoji: how many to draw")
-    validation_images: Positive = Field(1500, description="openmoji: how many to draw")
-    images_per_shard: Positive = 1000
     storage_options: Annotated[dict[str, Any], HOW] = Field(
-        default_factory=dict, repr=False, description="of the shards, for fsspec; secrets as env:NAME (see credentials.py)"
+        default_factory=dict, repr=False, description="of the images, for fsspec; secrets as env:NAME (see credentials.py)"
     )
 
-    @model_validator(mode="after")
-    def _patterns_given(self) -> Source:
-        if self.kind == "webdataset" and not (self.train and self.validation):
-            raise ValueError("data.source.kind=webdataset needs shard patterns: set data.source.train and .validation")
-        return self
+
+class WebDataset(Layout):
+    """Tar shards, as img2dataset writes them: ``<key>.jpg|png|webp``, ``<key>.txt``, ``<key>.json``."""
+
+    kind: Literal["webdataset"]
+    train: str = Field(description="path, URI, glob or brace pattern of the training shards")
+    validation: str = Field(description="the same for validation")
+
+
+class TsvPart(Section):
+    """One split of Conceptual Captions."""
+
+    tsv: str = Field(description="captions and addresses, e.g. Train_GCC-training.tsv")
+    images: str = Field(description="folder of the images, named <row>_<hash>, with or without an extension")
+
+
+class ConceptualCaptions(Layout):
+    """Conceptual Captions as its publisher lays it out: a TSV beside a folder of downloaded images."""
+
+    kind: Literal["conceptual_captions"]
+    train: TsvPart
+    validation: TsvPart
+
+
+class CocoPart(Section):
+    """One split of MS-COCO."""
+
+    annotations: str = Field(description="captions_*.json")
+    images: str = Field(description="folder of the split's images, e.g. train2017")
+
+
+class Coco(Layout):
+    """MS-COCO captions, 2014 or 2017."""
+
+    kind: Literal["coco"]
+    train: CocoPart
+    validation: CocoPart
+    captions: Literal["all", "first"] = Field("all", description="a row for every caption, or one for every image")
+
+
+class HuggingFacePart(Section):
+    """One split of a Hugging Face dataset."""
+
+    path: str = Field(description="hub id, folder written by save_to_disk, or path, URI or glob of Parquet or Arrow files")
+    split: str = Field("train", description="e.g. train, or train[:95%] where the whole dataset is at hand")
+
+
+class HuggingFace(Layout):
+    """Any dataset that the ``datasets`` library reads."""
+
+    kind: Literal["huggingface"]
+    train: HuggingFacePart
+    validation: HuggingFacePart
+    name: str | None = Field(None, description="configuration of a hub dataset")
+    revision: str | None = Field(None, description="pinned revision of a hub dataset")
+    streaming: bool = Field(False, description="read over the network instead of downloading first")
+    image_column: str = "image"
+    caption_column: str = Field("text", description="a string, or a list of strings of which one is drawn by key")
+    key_column: str | None = Field(None, description="null: the row's number")
+
+
+class ImageFolder(Layout):
+    """Images beside a ``metadata.jsonl`` or ``metadata.csv`` with a ``file_name`` column."""
+
+    kind: Literal["image_folder"]
+    train: str = Field(description="folder or URI")
+    validation: str = Field(description="folder or URI")
+    caption_column: str = Field("text", description="a string, or in metadata.jsonl a list, of which one is drawn")
+
+
+class OpenMoji(Section):
+    """The demo's drawings, made in the run directory and read as a WebDataset."""
+
+    kind: Literal["openmoji"]
+    train_images: Positive = Field(12000, description="how many to draw")
+    validation_images: Positive = Field(1500, description="how many to draw")
+    images_per_shard: Positive = 1000
+
+
+Source = Annotated[
+    WebDataset | ConceptualCaptions | Coco | HuggingFace | ImageFolder | OpenMoji, Field(discriminator="kind")
+]
 
 
 class Data(Section):
-    """The images and captions, and how they are encoded."""
+    """The images and captions."""
 
     source: Source
     resolution: Positive = Field(64, description="pixels of a side; the VAE's factor must divide it")
-    batch_size: Annotated[Positive, HOW] = Field(64, description="rows that an encoding actor takes at once")
-    encoders: Annotated[Positive | None, HOW] = Field(None, description="encoding actors; null: from the cluster's size")
-    rows_per_file: Annotated[Positive, HOW] = Field(2000, description="rows of one encoded Parquet file")
+    max_pixels: Positive = Field(100_000_000, description="a larger image is rejected unread: a few bytes can name any size")
+    max_caption_characters: Positive = Field(2000, description="a longer caption is rejected: such texts are no captions")
+
+
+class Encode(Section):
+    """How images and captions become what training reads; the README's "Bring your data" has the arithmetic."""
+
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: encoded once and stored; online: encoded anew in each epoch, no tensor is stored"
+    )
+    text: Literal["states", "tokens"] = Field(
+        "states", description="states: of the text encoder, which then rests in training; tokens: ids, a thousandth of the size"
+    )
     precision: Precision = Field("fp32", description="in which the encoders run; what they give is stored as half floats")
+    crop: Literal["center", "random"] = Field("center", description="of what the square leaves over; random: drawn by key")
+    flip: bool = Field(False, description="mirror every second view, drawn by key")
+    views: Positive = Field(1, description="augmented views of a row, each a row of its own in training")
+    seed: int = Field(0, description="of crops, flips, and captions drawn from a list")
+    batch_size: Annotated[Positive, HOW] = Field(64, description="rows that an encoding actor takes at once")
+    actors: Annotated[Positive | None, HOW] = Field(None, description="encoding actors; null: from the cluster's size")
+    resources: Annotated[dict[str, float], HOW] = Field(
+        default_factory=dict, description="custom Ray resources of an actor, to place them on nodes of their own"
+    )
+    rows_per_file: Annotated[Positive, HOW] = Field(512, description="about how many rows an encoded Parquet file holds")
+    max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0), HOW] = Field(
+        0.1, description="a split of which more is rejected fails; what was encoded is kept"
+    )
 
 
 class VaeTraining(Section):
@@ -153,7 +286,16 @@ class Router(Section):
     hidden: Positive = Field(256, description="width of the architecture predictor's hidden layer")
     tau: float = Field(0.4, gt=0.0, description="temperature of the relaxation")
     base: float = Field(3.0, description="offset of the relaxation")
-    epsilon: float = Field(0.3, gt=0.0, description="transport regularization, times the similarity's standard deviation")
+    epsilon: float = Field(0.3, gt=0.0, description="transport regularization; in which units, says relative_epsilon")
+    relative_epsilon: bool = Field(
+        True, description="epsilon counts in standard deviations of the similarity; false: absolute, as the reference's .05"
+    )
+    centre: bool = Field(
+        True, description="compare embeddings and codes after taking each side's running mean off; false: as they are (reference)"
+    )
+    duals: bool = Field(
+        True, description="route by similarity and the transport's dual potentials; false: to the nearest code alone (reference)"
+    )
     alignment: Positive = Field(8, description="kept channels are a multiple of this")
 
 
@@ -165,7 +307,7 @@ class PruneWeights(Section):
     block: float = Field(0.2, ge=0.0)
     resource: float = Field(2.0, ge=0.0)
     contrastive: float = Field(1.0, ge=0.0)
-    commitment: float = Field(1.0, ge=0.0)
+    commitment: float = Field(1.0, ge=0.0, description="holds e and its code together; 0: none, as in the reference")
     spread: float = Field(0.1, ge=0.0)
     peak: float = Field(0.1, ge=0.0)
 
@@ -177,13 +319,39 @@ class Prune(Section):
     loop: Loop = Loop()
     predictor_lr: float = Field(2e-3, gt=0.0, description="peak learning rate of the architecture predictor")
     code_lr: float = Field(1.5e-2, gt=0.0, description="peak learning rate of the codes")
+    start: Literal["importance", "zeros"] = Field(
+        "importance", description="codes start from measured importance, at the budget; zeros: from zero logits (reference)"
+    )
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0, description="first part of the steps, in which e itself is the code")
     importance_samples: Positive = Field(8, description="noised samples by which each entry's closing is judged")
     importance_batch: Annotated[Positive, HOW] = Field(128, description="rows of one such forward")
-    min_snr_gamma: float = Field(5.0, gt=0.0)
+    gate_placement: Literal["after_norm", "before_norm"] = Field(
+        "after_norm", description="where a resnet's masks act; before_norm (reference): pruning changes what the masks promised"
+    )
+    unet_masks: Literal["soft", "hard"] = Field(
+        "soft", description="what the UNet runs under while codes learn; hard: binary with a straight-through gradient"
+    )
+    resource_masks: Literal["soft", "hard"] = Field(
+        "hard", description="what the MACs ratio in the losses and the log is counted on; soft is not what hardening meets"
+    )
+    noise_per: Literal["code", "sample"] = Field("code", description="one Gumbel draw a step for each code, or for each sample")
+    noisy_similarity: bool = Field(False, description="compare codes under the step's noise (reference); needs noise_per=code")
+    normalise_blocks: bool = Field(
+        True, description="divide a block's error by the mean square of the teacher's output there; false: as it is (reference)"
+    )
+    min_snr_gamma: float | None = Field(5.0, gt=0.0, description="null: every timestep weighs the same")
     contrastive_temperature: float = Field(0.03, gt=0.0)
+    contrastive_form: Literal["softmax", "binary"] = Field(
+        "softmax", description="cross-entropy of two distributions over the batch, or entry by entry (reference)"
+    )
     contrastive_diagonal: bool = Field(False, description="keep a prompt's similarity with itself, as the reference does")
     weights: PruneWeights = PruneWeights()
+
+    @model_validator(mode="after")
+    def _noise_to_compare_under(self) -> Prune:
+        if self.noisy_similarity and self.noise_per != "code":
+            raise ValueError("prune.noisy_similarity compares codes under their own noise: it needs prune.noise_per=code")
+        return self
 
 
 class FinetuneWeights(Section):
@@ -201,6 +369,9 @@ class Finetune(Section):
     apart: RatedLoop = RatedLoop()
     parallel_experts: Annotated[Positive | None, HOW] = Field(
         None, description="runs side by side; null: as the cluster allows"
+    )
+    steps_by: Literal["expert", "share"] = Field(
+        "expert", description="expert: apart.steps for each; share: K times apart.steps in all, by the rows that each one has"
     )
     caption_dropout: float = Field(0.1, ge=0.0, lt=1.0)
     min_snr_gamma: float = Field(5.0, gt=0.0)
@@ -228,27 +399,80 @@ class Serve(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    replicas: Positive = Field(1, description="least replicas of one expert")
+    public_url: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="how clients reach the service, for image URLs; null: as the request did"
+    )
+    # -- what is offered
+    teacher: bool = Field(False, description="deploy the unpruned UNet, too, as the model `teacher`")
+    sizes: list[Annotated[str, Field(pattern=r"^[1-9]\d{1,3}x[1-9]\d{1,3}$")]] = Field(
+        [], max_length=32, description="sizes that a request may ask for beside the run's own, e.g. [768x512]"
+    )
+    max_images: Annotated[int, Field(ge=1, le=256)] = Field(32, description="images of one request: its prompts times n")
+    url_storage: str | None = Field(
+        None, description="fsspec URI of a folder that all ingress replicas share; allows response_format url. It only grows"
+    )
+    api_keys: str | None = Field(
+        None, pattern=r"^\S+$", description="env:NAME or a file with the keys that clients must send; null: open to all"
+    )
+    # -- replicas
+    replicas: int = Field(1, ge=0, description="least replicas of one expert; 0: an idle one stops, and its next prompt starts it")
     max_replicas: Positive = Field(1, description="most replicas of one expert")
-    max_batch_size: Positive = Field(8, description="images that an expert denoises in one UNet call")
-    max_queued_requests: Positive = 64
-    route_batch_size: Positive = 16
-    route_wait_ms: float = Field(5.0, ge=0.0)
+    router_replicas: Positive = 1
+    ingress_replicas: Positive = 1
+    upscale_delay_s: float = Field(5.0, ge=0.0, description="of lasting load before a replica is added")
+    downscale_delay_s: float = Field(600.0, ge=0.0, description="of little load before a replica is stopped")
+    drain_s: float = Field(120.0, gt=0.0, description="that a replica which is to stop has to finish its requests")
+    retries: Annotated[int, Field(ge=0, le=10)] = Field(3, description="of jobs whose replica died, within their deadline")
+    # -- batching and bounds
+    max_batch_size: Positive | None = Field(
+        None, description="images in one UNet call at most (null: 32); fewer where a measurement says that more do not pay"
+    )
+    max_queued_requests: Positive = Field(64, description="requests that wait beyond those being drawn; more get a 503")
+    max_waiting_images: Positive = Field(64, description="likewise, images for each replica that one expert may have")
+    route_batch_size: Positive = Field(16, description="prompts that the router embeds at once")
+    route_wait_ms: float = Field(
+        0.0, ge=0.0, le=1000.0, description="to wait for more prompts; at 0, what comes while a batch is embedded forms the next"
+    )
+    timeout_s: float = Field(300.0, gt=0.0, le=86400.0, description="deadline of a request, which may ask for less")
+    spill: bool = Field(False, description="a cheaper expert may take a prompt whose own would break latency_budget_ms")
+    latency_budget_ms: float | None = Field(None, gt=0.0, description="from arrival to image, for spill")
+    # -- resources
     cpus_per_expert: float = Field(0.2, gt=0.0, description="logical CPUs of one expert's replica")
     gpus_per_expert: float = Field(0.0, ge=0.0)
     threads_per_expert: Positive = Field(1, description="torch threads of one expert's replica on CPU")
     precision: Precision = "fp32"
 
+    @property
+    def batch_limit(self) -> int:
+        """The largest batch that an expert may choose."""
+        return self.max_batch_size or MOST_IMAGES
+
+    @model_validator(mode="after")
+    def _spill_has_a_budget(self) -> Serve:
+        if self.spill and self.latency_budget_ms is None:
+            raise ValueError("serve.spill is set without serve.latency_budget_ms: say how long a request may take")
+        return self
+
 
 class Compute(Section):
     """What the cluster gives to Ray Train."""
 
-    workers: Positive = 1
+    workers: Positive | tuple[Positive, Positive] = Field(
+        1, description="Train workers; [least, most]: as many as the cluster has, growing and shrinking while a run goes on"
+    )
     gpus_per_worker: float = Field(0.0, ge=0.0)
     cpus_per_worker: float = Field(1.0, gt=0.0, description="logical CPUs; leave some for Ray Data")
     threads_per_worker: Positive = Field(1, description="torch threads of a worker on CPU")
     accelerator_type: str | None = None
-    max_failures: int = Field(2, ge=-1)
+    max_failures: int = Field(2, ge=-1, description="failures after which a run goes on from its checkpoint; -1: any number")
+    max_preemptions: int = Field(-1, ge=-1, description="the same for spot nodes that are taken away, counted apart")
+    tf32: bool = Field(True, description="TensorFloat-32 products where a GPU computes in float32")
+
+    @model_validator(mode="after")
+    def _least_before_most(self) -> Compute:
+        if not isinstance(self.workers, int) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers={list(self.workers)} is [least, most]: the first is the larger one")
+        return self
 
 
 class Tracking(Section):
@@ -256,4 +480,10 @@ class Tracking(Section):
 
     project: str = "aptp-ray"
     entity: str | None = None
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online where WANDB_API_KEY is set, else offline"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0.0, description="of one worker's device in the precision that is trained in, for the UNet's FLOP utilisation; "
+        "null: that of a known GPU, and no utilisation on others"
+    )

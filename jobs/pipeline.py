@@ -7,7 +7,9 @@ from typing import Any
 
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config
+from aptp_ray.sections import OpenMoji
 from cli import Stage, errors_on_one_line, finish, load, parser, ray_session, run_stage
+from rows import layout_of
 from stages import STAGE_FUNCTIONS
 
 
@@ -15,11 +17,9 @@ def check(config: Config, run: RunDir, *, overwrite: bool = False) -> None:
     """Refuses what cannot work, before any work: another config's run, missing shards, a budget out of reach."""
     for name in STAGE_FUNCTIONS:
         run.is_done(config, name, overwrite)
-    if not run.is_done(config, "encode", overwrite) and config.data.source.kind == "webdataset":
-        from aptp_ray.data.sources import expand
-
-        for pattern in (config.data.source.train, config.data.source.validation):
-            expand(pattern or "", config.source_options())
+    if not run.is_done(config, "encode", overwrite) and not isinstance(config.data.source, OpenMoji):
+        for split in ("train", "validation"):
+            layout_of(config, run, split).units()
     if not run.is_done(config, "prune", overwrite):
         from aptp_ray.train.prune import check_budget
 

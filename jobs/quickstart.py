@@ -51,7 +51,7 @@ def main() -> None:
     options = arguments.parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
-        from aptp_ray.serve.run import free_port, start, stop
+        from aptp_ray.serve.run import describe, free_port, start, stop
 
         config = load(options)
         run = open_run(config)
@@ -64,6 +64,7 @@ def main() -> None:
             run_pipeline(config, run, overwrite=options.overwrite)
             say("serve: starting")
             address = start(run.uri, config.serve.host, port, storage_options=config.storage_options)
+            say(describe(run.uri, storage_options=config.storage_options))
             reply = request_image(address, (config.report.prompts or ["a red apple"])[0])
             say(f"serve: {reply['prompt']!r} was drawn by expert {reply['expert']} in {reply['seconds']} s")
             say(f"report: {run.address('report', 'index.html')}\nsamples: {run.address('images', 'samples.png')}")

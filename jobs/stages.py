@@ -6,42 +6,13 @@ from typing import Any
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config
-from aptp_ray.tracking import Progress
 from cli import say
-
-
-def shard_patterns(config: Config, run: RunDir) -> dict[str, str]:
-    """Returns the shard patterns of both splits; the demo's shards are drawn first, where they are not there yet."""
-    source = config.data.source
-    if source.kind == "webdataset":
-        assert source.train and source.validation
-        return {"train": source.train, "validation": source.validation}
-    from aptp_ray.demo.shards import build_shards
-
-    total = source.train_images + source.validation_images
-    progress = Progress("shards", total, unit="images")
-    build_shards(
-        run.address("shards"),
-        seed=config.seed,
-        image_size=config.data.resolution,
-        train_images=source.train_images,
-        validation_images=source.validation_images,
-        images_per_shard=source.images_per_shard,
-        progress=lambda done, _: progress.update(done),
-        storage_options=run.storage_options or None,
-    )
-    return {split: run.address("shards", split, "*.tar") for split in ("train", "validation")}
-
-
-def shard_options(config: Config, run: RunDir) -> dict[str, Any] | None:
-    """Returns the storage options of the shards: the demo's lie in the run directory, others where ``data.source`` says."""
-    drawn = config.data.source.kind == "openmoji"
-    return (run.storage_options if drawn else config.source_options()) or None
+from rows import encode_rows, encoder_spec, framing, reader_of, write_images
 
 
 def teacher(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains or fine-tunes the teacher, or takes it from its source as it is."""
-    from aptp_ray.data.encoded import count_rows, read_encoding
+    from aptp_ray.data.encoded import read_encoding
     from aptp_ray.train import teacher as stage
     from aptp_ray.train.launch import launch
     from aptp_ray.train.worker import empty_text_states
@@ -51,37 +22,35 @@ def teacher(config: Config, run: RunDir) -> dict[str, Any]:
         if config.teacher.unet is None:
             return figures
         parts_dir = run.local("teacher")
-    patterns = shard_patterns(config, run)
     figures = {}
     if config.teacher.source is None:
         assert config.teacher.vae is not None
         if not run.exists("teacher_parts", "model_index.json"):
-            images = usable_images(patterns["train"], shard_options(config, run))
+            images = ("teacher_images", "train")
+            if not run.exists(*images, "index.json"):  # written last
+                write_images(config, run, "train", images)
             figures["vae"] = launch(
                 stage.vae_worker,
                 config=config,
                 run=run,
                 name="teacher-vae",
                 loop=config.teacher.vae.loop,
-                datasets={"train": images},
-                total_rows=images.count(),
+                rows=reader_of(config, run, *images),
             )
             say(f"teacher: VAE {figures['vae']}")
         parts_dir = stage.assemble(config, run)
     assert config.teacher.unet is not None
     rows = ("teacher_encoded", "train")
-    # A stage that was killed goes on where it stopped: rows that were encoded whole (encoding.json comes last) are kept.
-    kept = ("teacher_encoded", "encoding.json")
+    kept = ("teacher_encoded", "encoding.json")  # written last; a stage that was killed after that need not encode again
     if not (run.exists(*kept) and "train" in run.read_json(*kept)["splits"]):
-        encode(config, run, patterns["train"], rows, parts_dir)
+        encode_rows(config, run, "train", rows, parts_dir)
     figures["unet"] = launch(
         stage.unet_worker,
         config=config,
         run=run,
         name="teacher-unet",
         loop=config.teacher.unet.loop,
-        datasets={"train": training_rows(run, *rows)},
-        total_rows=count_rows(run, *rows),
+        rows=reader_of(config, run, *rows, pipeline_dir=parts_dir),
         extra={
             "pipeline_dir": parts_dir,
             "encoding": read_encoding(run, *rows).to_json(),
@@ -91,51 +60,12 @@ def teacher(config: Config, run: RunDir) -> dict[str, Any]:
     return figures
 
 
-def usable_images(pattern: str, storage_options: dict[str, Any] | None) -> Any:
-    """Returns the images of a shard pattern, without the rows that cannot be used; the options are the shards'."""
-    from ray.data.expressions import col
-
-    from aptp_ray.data import schema
-    from aptp_ray.data.sources import webdataset
-
-    rows = webdataset(pattern, storage_options=storage_options)
-    return rows.filter(expr=col(schema.REASON) == "").select_columns([schema.IMAGE])
-
-
-def training_rows(run: RunDir, *parts: str, embedding: bool = False) -> Any:
-    """Returns the columns of encoded rows that training reads."""
-    from aptp_ray.data import schema
-    from aptp_ray.data.encoded import read_encoded
-
-    columns = [*schema.TENSORS, *([schema.EMBEDDING] if embedding else [])]
-    return read_encoded(run, *parts, columns=columns)
-
-
-def encode(config: Config, run: RunDir, pattern: str, parts: tuple[str, ...], pipeline_dir: str) -> dict[str, Any]:
-    """Encodes one split as the config says."""
-    from aptp_ray.data.encode import encode_split
-
-    return encode_split(
-        pattern,
-        run,
-        parts,
-        pipeline_dir=pipeline_dir,
-        prompt_encoder_source=config.router.prompt_encoder,
-        resolution=config.data.resolution,
-        batch_size=config.data.batch_size,
-        num_actors=config.data.encoders,
-        precision=config.data.precision,
-        rows_per_file=config.data.rows_per_file,
-        storage_options=shard_options(config, run),
-    )
-
-
 def encode_splits(config: Config, run: RunDir) -> dict[str, Any]:
     """Encodes both splits with the teacher's encoders."""
     facts: dict[str, Any] = {}
-    for split, pattern in shard_patterns(config, run).items():
-        counts = encode(config, run, pattern, ("encoded", split), run.address("teacher"))
-        facts[split] = {name: counts[name] for name in ("rows_in", "rows", "rejected")}
+    for split in ("train", "validation"):
+        counts = encode_rows(config, run, split, ("encoded", split), run.address("teacher"))
+        facts[split] = {name: counts[name] for name in ("rows_in", "rows", "rejected", "views", "shards")}
     return facts
 
 
@@ -150,11 +80,10 @@ def checked_encoding(config: Config, run: RunDir, *folders: tuple[str, ...]) -> 
         RunDirError: if a folder has not been written to its end.
     """
     from aptp_ray.data.encoded import read_encoding
-    from aptp_ray.data.encoder import EncoderSpec, describe
+    from aptp_ray.data.encoder import describe
 
     found = [read_encoding(run, *parts) for parts in folders]
-    spec = EncoderSpec(run.address("teacher"), config.router.prompt_encoder, storage_options=run.storage_options)
-    at_hand = describe(spec, config.data.resolution)
+    at_hand = describe(encoder_spec(config, run.address("teacher")), framing(config), config.encode.mode)
     for encoding in found:
         encoding.check_same(at_hand)
     return at_hand.to_json()
@@ -165,7 +94,8 @@ def prune(config: Config, run: RunDir) -> dict[str, Any]:
     import ray
 
     from aptp_ray.data import schema
-    from aptp_ray.data.encoded import count_rows, read_first
+    from aptp_ray.data.encoded import read_first
+    from aptp_ray.train.feed import first_rows
     from aptp_ray.train.launch import launch
     from aptp_ray.train.prune import ROUTING_PROMPTS, prune_worker
 
@@ -174,15 +104,15 @@ def prune(config: Config, run: RunDir) -> dict[str, Any]:
         split: read_first(run, "encoded", split, columns=[schema.EMBEDDING], rows=ROUTING_PROMPTS)
         for split in ("train", "validation")
     }
-    samples = read_first(run, "encoded", "train", columns=schema.TENSORS, rows=config.prune.importance_samples)
+    rows = reader_of(config, run, "encoded", "train", embedding=True)
+    samples = first_rows(rows, config.prune.importance_samples)
     return launch(
         prune_worker,
         config=config,
         run=run,
         name="prune",
         loop=config.prune.loop,
-        datasets={"train": training_rows(run, "encoded", "train", embedding=True)},
-        total_rows=count_rows(run, "encoded", "train"),
+        rows=rows,
         extra={
             "encoding": encoding,
             "samples": ray.put(samples),
@@ -205,11 +135,9 @@ def assign(config: Config, run: RunDir) -> dict[str, Any]:
 
 def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains the experts: first together, then each apart, several side by side."""
-    import ray
-
     from aptp_ray.data import schema
-    from aptp_ray.data.encoded import count_rows
-    from aptp_ray.train.finetune import expert_worker, shared_worker
+    from aptp_ray.train.experts import ExpertRun, side_by_side, steps_of, train_experts
+    from aptp_ray.train.finetune import shared_worker
     from aptp_ray.train.launch import launch
     from aptp_ray.train.worker import empty_text_states
 
@@ -227,46 +155,18 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
             run=run,
             name="finetune-shared",
             loop=config.finetune.shared,
-            datasets={"train": training_rows(run, "encoded", "train", embedding=True)},
-            total_rows=count_rows(run, "encoded", "train"),
+            rows=reader_of(config, run, "encoded", "train", embedding=True),
             extra=extra,
         )
         say(f"finetune: shared phase {facts['shared']['train_seconds']:.0f} s")
-    # A task starts each run, because TorchTrainer.fit() needs the main thread of its process.
-    start = ray.remote(num_cpus=0)(launch)
-    waiting = list(range(config.router.experts))
-    running: dict[Any, int] = {}
-    figures: dict[int, dict[str, Any]] = {}
-    while waiting or running:
-        while waiting and len(running) < side_by_side(config):
-            expert = waiting.pop(0)
-            rows = assigned[expert]
-            reference = start.remote(
-                expert_worker,
-                config=config,
-                run=run,
-                name=f"expert-{expert}",
-                loop=config.finetune.apart,
-                datasets={"train": training_rows(run, *rows)},
-                total_rows=count_rows(run, *rows),
-                extra=extra | {"expert": expert},
-            )
-            running[reference] = expert
-        done, _ = ray.wait(list(running))
-        for reference in done:
-            expert = running.pop(reference)
-            figures[expert] = ray.get(reference)
-            say(f"finetune: expert {expert}, {figures[expert]['train_seconds']:.0f} s")
-    facts["experts"] = [figures[expert] for expert in sorted(figures)]
+    readers = [reader_of(config, run, *parts) for parts in assigned]
+    steps = steps_of(config, [reader.num_rows for reader in readers])
+    runs = [
+        ExpertRun(expert, reader, config.finetune.apart.model_copy(update={"steps": count}), extra)
+        for expert, (reader, count) in enumerate(zip(readers, steps, strict=True))
+    ]
+    facts["experts"] = train_experts(runs, config=config, run=run, at_once=side_by_side(config), say=say)
     return facts
-
-
-def side_by_side(config: Config) -> int:
-    """Returns how many experts are fine-tuned at once: as many as fill the config's Train workers."""
-    if config.finetune.parallel_experts is not None:
-        return config.finetune.parallel_experts
-    each = config.finetune.apart.workers or config.compute.workers
-    return max(1, config.compute.workers // each)
 
 
 def report(config: Config, run: RunDir) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def ray_cluster() -> Iterator[None]:
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Ray's workers are nice to the test by default, and starve beside it on two cores.
+    os.environ["RAY_worker_niceness"] = "0"
     ray.init(
         num_cpus=4,
         num_gpus=0,

@@ -57,7 +57,7 @@ def test_global_batches_divide_among_the_workers(path: Path) -> None:
     loops = [config.prune.loop, config.finetune.apart, config.finetune.shared]
     loops += [part.loop for part in (config.teacher.vae, config.teacher.unet) if part]
     for loop in filter(None, loops):
-        assert loop.global_batch_size % (loop.workers or config.compute.workers) == 0
+        loop.check_division("loop", loop.workers or config.compute.workers)
 
 
 @pytest.mark.parametrize("name", ["sd21_cc3m", "sd21_coco"])
@@ -101,7 +101,15 @@ def test_the_storage_estimate_is_the_formula(name: str) -> None:
         (small(serve={"port": 70000}), "serve.port"),
         (small(teacher={}), "teacher.source"),
         (small(teacher={"source": None, "unet": None}), "teacher.source"),
-        (small(data={"source": {"kind": "webdataset"}}), "data.source.train"),
+        (small(data={"source": {"kind": "webdataset"}}), "data.source.train:"),
+        (small(data={"source": {"train": "a.tar", "validation": "b.tar"}}), "data.source"),
+        (small(data={"source": {"kind": "zip", "train": "a.tar", "validation": "b.tar"}}), "'webdataset'"),
+        (small(data={"source": {"kind": "coco", "train": {"annotations": "a.json"}, "validation": {}}}), "data.source.train.images"),
+        (small(data={"source": {"kind": "webdataset", "train": "s3://me:secret@x/a.tar", "validation": "b"}}), "data.source.train"),
+        (small(prune={"loop": {"global_batch_size": 12, "lanes": 8}}), "prune.loop.lanes=8"),
+        (small(prune={"loop": {"global_batch_size": 8, "workers": 3}}), "prune.loop"),
+        (small(compute={"workers": [4, 2]}), "compute"),
+        (small(prune={"loop": {"global_batch_size": 2}}, compute={"workers": [1, 4]}), "prune.loop"),
         ({key: value for key, value in small().items() if key != "data"}, "data"),
         ({key: value for key, value in small().items() if key != "run_dir"}, "run_dir"),
         ("", "data"),
@@ -219,15 +227,16 @@ def test_a_teacher_that_is_trained_here_depends_on_the_data() -> None:
     assert {stage for stage in STAGES if validation[stage] != before[stage]} == since("encode")
 
 
-def test_the_seed_and_the_counts_of_the_demo_are_the_demos_alone() -> None:
+def test_the_seed_is_the_demos_alone() -> None:
     source = small()["data"]["source"]
-    assert changed(seed=1) == changed(data={"source": source | {"train_images": 5, "images_per_shard": 5}}) == set()
+    assert source["kind"] == "webdataset" and changed(seed=1) == set()
 
 
 # Of every field, the first stage whose outcome it decides; the longest prefix counts. Where the teacher is trained on drawn data.
 DECIDES = {
     "seed": "teacher",
     "data": "teacher",
+    "encode": "teacher",
     "data.source.validation_images": "encode",
     "teacher": "teacher",
     "router": "prune",
@@ -238,9 +247,10 @@ DECIDES = {
     "report": "report",
 }
 DECIDES_NOTHING = {
+    *("checkpoint_every_minutes", "validate_every_steps", "validation_batches"),
     *("workers", "log_every_steps", "checkpoint_every_steps", "num_checkpoints"),
-    *("encoders", "batch_size", "rows_per_file", "storage_options", "parallel_experts", "importance_batch"),
-    *("train", "validation"),  # patterns of shards, where they are drawn
+    *("actors", "resources", "batch_size", "rows_per_file", "max_rejected_fraction"),
+    *("storage_options", "parallel_experts", "importance_batch"),
 }
 FULL = {
     "run_dir": "runs/x",
@@ -292,7 +302,7 @@ def test_every_field_is_in_the_hash_of_the_stages_that_it_decides_and_in_no_othe
         {"storage_options": {"anon": True}},
         {"prune": {"loop": {"workers": 4, "log_every_steps": 1, "num_checkpoints": 9}}},
         {"finetune": {"parallel_experts": 3}},
-        {"data": small()["data"] | {"encoders": 3, "batch_size": 7}},
+        {"encode": {"actors": 3, "batch_size": 7, "max_rejected_fraction": 0.5}},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -88,7 +88,7 @@ def test_the_quickstart_runs_ends_with_an_image_over_http_and_does_nothing_twice
         (["prune.bugdet=0.5"], ["prune.bugdet"]),
         (["prune.budget=0.05"], ["prune.budget=0.05", "floor"]),
         (
-            ["data.source.kind=webdataset", "data.source.train=nothing/*.tar", "data.source.validation=nothing/*.tar"],
+            ["data.source={kind: webdataset, train: nothing/*.tar, validation: nothing/*.tar}"],
             ["nothing/*.tar"],
         ),
         (["run_dir=/proc/aptp"], ["/proc/aptp", "run_dir"]),

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aptp_ray.core.hardening import average_rank, meet_budget
+from aptp_ray.core.budget import meet_budget
+from aptp_ray.core.hardening import average_rank
 from aptp_ray.core.importance import Importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.sites import Site

@@ -63,6 +63,7 @@ class CodeRouter(nn.Module):
         tau: float = 0.4,
         base: float = 3.0,
         centre: bool = True,
+        duals: bool = True,
         mean_momentum: float = 0.9,
         macs: dict[str, Any] | None = None,
     ) -> None:
@@ -81,6 +82,8 @@ class CodeRouter(nn.Module):
             base: offset of the relaxation.
             centre: whether each side of the similarity is centred by its running mean. Without it all embeddings look
                 alike, since the masks of any two of them share most entries.
+            duals: whether `assign` adds the transport's dual potentials to the similarity; False takes the nearest code
+                alone, as the reference does, whatever shares that gives.
             mean_momentum: share of the old running mean that an update keeps.
             macs: `MacsModel.to_dict()`, stored beside the weights.
         """
@@ -90,6 +93,7 @@ class CodeRouter(nn.Module):
         self.space, self.macs = space, macs
         self.z_dim, self.hidden_dim, self.num_codes = z_dim, hidden_dim or z_dim, num_codes
         self.tau, self.base, self.centre, self.mean_momentum = tau, base, centre, mean_momentum
+        self.duals = duals
         start = torch.zeros(space.dim) if start_logits is None else start_logits.detach().float().cpu()
         if start.shape != (space.dim,):
             raise ValueError(f"start_logits must be [{space.dim}] as the space has entries, got {list(start.shape)}")
@@ -157,6 +161,8 @@ class CodeRouter(nn.Module):
     def assign(self, z: Tensor) -> Routing:
         """Routes prompt embeddings: `argmax_k(similarity + epsilon * v_k)`, the lowest index on ties.
 
+        With `duals=False`, `argmax_k(similarity)`.
+
         In float64 from the predictor on, and row by row: a prompt's result depends on no other row.
 
         Args:
@@ -173,14 +179,15 @@ class CodeRouter(nn.Module):
             raise ValueError("similarity holds NaN or infinity: the prompt embeddings or the router's weights do")
         if not len(similarity):
             return Routing(torch.zeros(0, dtype=torch.int64, device=similarity.device), similarity)
-        return Routing(prefer_lowest(similarity + self._prices()), similarity)
+        return Routing(prefer_lowest(similarity + self.prices()), similarity)
 
     def _similarity64(self, z: Tensor) -> Tensor:
         weights = {name: value.double() for name, value in self.predictor.named_parameters()}
         return self.similarity(functional_call(self.predictor, weights, (z.double(),)))
 
-    def _prices(self) -> Tensor:
-        return self.epsilon * self.potentials  # [K], in units of the similarity
+    def prices(self) -> Tensor:
+        """What routing adds to the similarities, float64 [K] and in their units; zeros with `duals=False`."""
+        return self.epsilon * self.potentials * float(self.duals)
 
     # -- fitting on the training prompts -----------------------------------------------------------------------------
 
@@ -225,7 +232,8 @@ class CodeRouter(nn.Module):
     def track_potentials(self, assignment: Assignment, momentum: float = 0.9) -> None:
         """Keeps running duals of the training steps' transports: balanced routing before `fit_potentials`."""
         keep = momentum if float(self.epsilon) > 0 else 0.0
-        prices = keep * self._prices() + (1 - keep) * assignment.epsilon * assignment.potentials.to(self.potentials)
+        new = assignment.epsilon * assignment.potentials.to(self.potentials)
+        prices = keep * self.epsilon * self.potentials + (1 - keep) * new
         self.epsilon.fill_(keep * float(self.epsilon) + (1 - keep) * assignment.epsilon)
         self.potentials.copy_(prices / self.epsilon)
 

@@ -70,9 +70,7 @@ def load_components(
     )
 
 
-def load_unet(
-    directory: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> nn.Module:
+def load_unet(directory: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
     """Loads a stock or a pruned UNet, as the directory's config.json says.
 
     Raises:
@@ -100,8 +98,12 @@ def make_scheduler(name: str, like: Any) -> Any:
     Raises:
         ValueError: if diffusers has no such class.
     """
-    found = getattr(diffusers, name, None)
-    if found is None or not hasattr(found, "set_timesteps"):
+    found: Any = getattr(diffusers, name, None)
+    try:
+        known = hasattr(found, "set_timesteps")
+    except ImportError as error:  # a stand-in: some schedulers need packages that are not here
+        raise ValueError(f"{name} cannot be used here: {error}") from error
+    if not known:
         raise ValueError(f"diffusers has no scheduler {name!r}; try DDIMScheduler, EulerDiscreteScheduler or PNDMScheduler")
     return found.from_config(like.config)
 

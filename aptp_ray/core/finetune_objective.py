@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from aptp_ray.core.gates import GatedUNet, capture_blocks, run_unet
+from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.losses import (
     PredictionType,
     add_noise,
@@ -21,6 +21,7 @@ from aptp_ray.core.losses import (
     min_snr_weights,
     prediction_target,
 )
+from aptp_ray.core.running import BlockRecorder, run_unet
 
 
 class FinetuneObjective(nn.Module):
@@ -57,6 +58,9 @@ class FinetuneObjective(nn.Module):
             raise ValueError("student and teacher share weights; load the teacher a second time (or deepcopy it)")
         self.student = student
         self.teacher: nn.Module | None = None if teacher is None else teacher.requires_grad_(False).eval()
+        wrapped: Any = student.unet if isinstance(student, GatedUNet) else student
+        self._student_blocks = None if teacher is None else BlockRecorder(wrapped)
+        self._teacher_blocks = None if teacher is None else BlockRecorder(cast(Any, teacher))
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
         self.prediction_type, self.gamma, self.normalise_blocks = prediction_type, gamma, normalise_blocks
 
@@ -97,15 +101,16 @@ class FinetuneObjective(nn.Module):
         if codes is not None and not isinstance(student, GatedUNet):
             raise TypeError("codes need a GatedUNet as the student; a pruned UNet has its code built in")
         inputs = (add_noise(self.alphas_cumprod, latents, noise, timesteps), timesteps, text_states, text_mask)
-        teacher, stats = self.teacher, dict[str, Any]()
-        teacher_output, teacher_blocks = None, list[Tensor]()
-        if teacher is not None:
-            with torch.no_grad(), capture_blocks(cast(Any, teacher)) as blocks:
-                teacher_output, teacher_blocks = run_unet(teacher, *inputs), list(blocks)
+        stats = dict[str, Any]()
+        teacher_output, teacher_blocks, student_blocks = None, list[Tensor](), list[Tensor]()
+        if self.teacher is not None and self._teacher_blocks is not None:
+            with torch.inference_mode():
+                teacher_output, teacher_blocks = run_unet(self.teacher, *inputs), self._teacher_blocks.take()
         masks = student.use(codes) if isinstance(student, GatedUNet) and codes is not None else nullcontext()
-        with masks, capture_blocks(student.unet if isinstance(student, GatedUNet) else student) as blocks:
+        with masks:
             model_output = run_unet(student, *inputs)
-            student_blocks = list(blocks) if teacher is not None else []
+        if self._student_blocks is not None:
+            student_blocks = self._student_blocks.take()
         losses = finetune_losses(
             model_output=model_output,
             target=prediction_target(self.alphas_cumprod, latents, noise, timesteps, self.prediction_type),

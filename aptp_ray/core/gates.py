@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModelOutput
@@ -19,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from aptp_ray.core.sites import Site
 from aptp_ray.core.space import ArchitectureSpace
+
+GatePlacement = Literal["after_norm", "before_norm"]
 
 
 @dataclass(eq=False)
@@ -64,20 +66,34 @@ class GatedUNet(nn.Module):
         space: Its sites.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, space: ArchitectureSpace | None = None) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        space: ArchitectureSpace | None = None,
+        *,
+        gate_placement: GatePlacement = "after_norm",
+    ) -> None:
         """Puts the hooks on `unet`.
 
         Args:
             unet: The UNet to wrap, in place.
             space: Its sites, if already known.
+            gate_placement: Where a resnet's mask acts, after its `norm2` or, as in the reference implementation, before:
+                there the norm undoes what a mask scales, and a closed group still emits its norm's bias, so that under a
+                hard code the output is *not* that of the pruned UNet. Sites, MACs, hardening and pruning stay the same.
+
+        Raises:
+            ValueError: If the placement is unknown.
         """
         super().__init__()
+        if gate_placement not in ("after_norm", "before_norm"):
+            raise ValueError(f"unknown gate_placement {gate_placement!r}; one of 'after_norm', 'before_norm'")
         self.space = ArchitectureSpace.of(unet) if space is None else space
         self.unet = unet
         self._masks = _Masks()
         self._handles: list[RemovableHandle] = _hook_run(unet, self._masks)
         for site in self.space.sites:
-            self._handles.append(_hook_site(unet.get_submodule(site.name), site, self._masks))
+            self._handles.append(_hook_site(unet.get_submodule(site.name), site, self._masks, gate_placement))
 
     @property
     def config(self) -> Any:
@@ -127,54 +143,8 @@ class GatedUNet(nn.Module):
         return self.unet
 
 
-@contextmanager
-def capture_blocks(unet: UNet2DConditionModel) -> Iterator[list[Tensor]]:
-    """Records the outputs of each down block, the mid block and each up block, in forward order.
-
-    Yields:
-        A list that holds the latest forward's tensors ([batch, channels, height, width], part of the graph) after each
-        call of `unet`.
-    """
-    outputs: list[Tensor] = []
-
-    def clear(*_: Any) -> None:
-        outputs.clear()
-
-    def record(_module: nn.Module, _args: Any, output: Any) -> None:
-        # A down block returns its hidden states and the skips.
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
-    handles = [unet.register_forward_pre_hook(clear), *(block.register_forward_hook(record) for block in blocks)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_unet(unet: Any, sample: Tensor, timesteps: Tensor, text_states: Tensor, text_mask: Tensor | None) -> Tensor:
-    """Calls a UNet, stock, pruned or gated, in its own precision.
-
-    Args:
-        unet: UNet2DConditionModel, PrunedUNet2DConditionModel or GatedUNet.
-        sample: [batch, channels, height, width].
-        timesteps: [batch].
-        text_states: [batch, tokens, text_dim].
-        text_mask: bool [batch, tokens] of real tokens, or None.
-
-    Returns:
-        [batch, channels, height, width].
-    """
-    dtype = unet.dtype
-    # diffusers turns `encoder_attention_mask` into a bias, (1 - mask) * -10000, so None and all ones are the same.
-    return unet(
-        sample.to(dtype), timesteps, encoder_hidden_states=text_states.to(dtype), encoder_attention_mask=text_mask
-    ).sample
-
-
 def _hook_run(unet: UNet2DConditionModel, masks: _Masks) -> list[RemovableHandle]:
-    """Hooks on the UNet as a whole: its batch decides how often codes repeat."""
+    """Hooks on the whole UNet: its batch decides how often codes repeat."""
     checkpointing: list[Any] = [module for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
     originals: list[tuple[Any, Callable[..., Any]]] = []
 
@@ -221,7 +191,9 @@ def _hook_run(unet: UNet2DConditionModel, masks: _Masks) -> list[RemovableHandle
     ]
 
 
-def _hook_site(module: Any, site: Site, masks: _Masks) -> RemovableHandle:
+def _hook_site(module: Any, site: Site, masks: _Masks, placement: GatePlacement) -> RemovableHandle:
+    if site.kind == "resnet" and placement == "before_norm":
+        return module.norm2.register_forward_pre_hook(_before_norm(site, masks))
     if site.kind == "resnet":
         return module.norm2.register_forward_hook(_after_norm(site, masks))
     if site.kind == "attention":
@@ -234,12 +206,22 @@ def _hook_site(module: Any, site: Site, masks: _Masks) -> RemovableHandle:
 def _after_norm(site: Site, masks: _Masks) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         mask = masks.of(site, output)
-        if mask is None:
-            return None
-        # [batch, groups] -> [batch, channels, 1, 1]
-        return output * mask.repeat_interleave(site.channels, dim=1)[:, :, None, None]
+        return None if mask is None else output * _by_channel(mask, site)
 
     return hook
+
+
+def _before_norm(site: Site, masks: _Masks) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        mask = masks.of(site, args[0])
+        return None if mask is None else (args[0] * _by_channel(mask, site), *args[1:])
+
+    return hook
+
+
+def _by_channel(mask: Tensor, site: Site) -> Tensor:
+    """[batch, groups] -> [batch, channels, 1, 1]."""
+    return mask.repeat_interleave(site.channels, dim=1)[:, :, None, None]
 
 
 def _before_linear(site: Site, masks: _Masks) -> Callable[..., Any]:

@@ -221,6 +221,7 @@ def _meta_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
                 memo[id(value)] = OrderedDict()
     skeleton = copy.deepcopy(unet, memo).eval()
     for module in skeleton.modules():
+        vars(module).pop("forward", None)  # a compiled forward is the original's
         if isinstance(module, Attention) and type(module.processor) in (AttnProcessor2_0, XFormersAttnProcessor):
             # Which fused kernel a device picks, and whether the counter knows it, varies; plain products do not.
             module.set_processor(AttnProcessor())

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aptp_ray.core.code_router import CodeRouter
-from aptp_ray.core.gates import GatedUNet, capture_blocks, run_unet
+from aptp_ray.core.collapse import embedding_spread, perplexity
+from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.losses import (
     ContrastiveForm,
     PredictionType,
@@ -26,6 +27,7 @@ from aptp_ray.core.losses import (
 )
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.relaxation import relax, straight_through
+from aptp_ray.core.running import BlockRecorder, run_unet
 from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, prefer_lowest
 
 Phase = Literal["warmup", "codes"]
@@ -41,6 +43,8 @@ class PruneObjective(nn.Module):
     """
 
     alphas_cumprod: Tensor
+    shares: Tensor
+    routed_shares: Tensor
 
     def __init__(
         self,
@@ -89,9 +93,14 @@ class PruneObjective(nn.Module):
         """
         super().__init__()
         check_prediction_type(prediction_type)
-        _check_choices(macs, budget, noise_per, noisy_similarity)
+        _check_choices(macs, budget, unet_masks, resource_masks, noise_per, noisy_similarity)
         self.router, self.gated, self.macs = router, gated.requires_grad_(False).eval(), macs
+        self._blocks = BlockRecorder(gated.unet)
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
+        # Running shares of the prompts: what the transport gives to each code, and what routing would. A part of the state,
+        # so that a resumed run logs what an undisturbed one would.
+        self.register_buffer("shares", torch.zeros(router.num_codes, dtype=torch.float64))
+        self.register_buffer("routed_shares", torch.zeros(router.num_codes, dtype=torch.float64))
         self.prediction_type, self.budget, self.gamma = prediction_type, budget, gamma
         self.assignment_epsilon, self.relative_epsilon = assignment_epsilon, relative_epsilon
         self.contrastive: dict[str, Any] = {
@@ -133,9 +142,11 @@ class PruneObjective(nn.Module):
             phase: "warmup" or "codes".
 
         Returns:
-            The losses named in `PRUNE_LOSSES`, and statistics: `macs_ratio` (mean), `macs_ratio_std`; in phase "codes"
-            also `assignment_counts` [K], `assignment_converged`, `assignment_residual`, `assignment_epsilon`,
-            `similarity_std`, and `agreement` of the transport with deterministic routing under the past steps' duals.
+            The losses named in `PRUNE_LOSSES`, and statistics: `macs_ratio` (mean; what `resource` sees),
+            `macs_ratio_std`, `embedding_spread`; in phase "codes" also `assignment_counts` [K], `assignment_converged`,
+            `assignment_residual`, `assignment_epsilon`, `assignment_perplexity` and `routed_perplexity` (codes in use, by
+            the running shares), `similarity_std`, and `agreement` of the transport with deterministic routing under the
+            past steps' duals.
         """
         if phase not in ("warmup", "codes"):
             raise ValueError(f"unknown phase {phase!r}; one of 'warmup', 'codes'")
@@ -145,7 +156,8 @@ class PruneObjective(nn.Module):
             z_all, e_all = gather_rows(z.float()), gather_rows(self.router.embed(z.float()))  # [B, ...]
             if self.training:
                 self.router.update_means(e_all.detach())
-            features = self.router.centred(self.router.features(e_all), self.router.mean_embedding)
+            uncentred = self.router.features(e_all)  # [B, dim]
+            features = self.router.centred(uncentred, self.router.mean_embedding)
             if phase == "warmup":
                 masks, ratios = self._own_masks(e_all[_own_rows(len(latents))], gumbel_noise)
                 code_features, stats = None, dict[str, Any]()
@@ -161,6 +173,7 @@ class PruneObjective(nn.Module):
             # DDP waits for a gradient of every parameter, and codes have none in the warm-up.
             losses["denoising"] = losses["denoising"] + 0 * self.router.codes.sum()
         ratio = ratios.detach()
+        stats["embedding_spread"] = embedding_spread(uncentred.detach())
         return losses, {"macs_ratio": float(ratio.mean()), "macs_ratio_std": float(ratio.std(correction=0)), **stats}
 
     def _own_masks(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,11 +209,18 @@ class PruneObjective(nn.Module):
 
     def _assignment_stats(self, assignment: Assignment, similarity: Tensor) -> dict[str, Any]:
         router = self.router
-        routed = prefer_lowest(similarity.double() + router.epsilon * router.potentials)
+        routed = prefer_lowest(similarity.double() + router.prices())
+        counts = assignment.index.bincount(minlength=router.num_codes)
+        routed_counts = routed.bincount(minlength=router.num_codes)
         if self.training:
             router.track_potentials(assignment)
+            _track(self.shares, counts, router.mean_momentum)
+            _track(self.routed_shares, routed_counts, router.mean_momentum)
         return {
-            "assignment_counts": assignment.index.bincount(minlength=router.num_codes).tolist(),
+            "assignment_counts": counts.tolist(),
+            # In evaluation there may be no running shares yet.
+            "assignment_perplexity": perplexity(self.shares if self.training else counts),
+            "routed_perplexity": perplexity(self.routed_shares if self.training else routed_counts),
             "assignment_converged": assignment.converged,
             "assignment_residual": assignment.residual,
             "assignment_epsilon": assignment.epsilon,
@@ -219,11 +239,11 @@ class PruneObjective(nn.Module):
     ) -> dict[str, Any]:
         noised = add_noise(self.alphas_cumprod, latents, noise, timesteps)
         inputs = (noised, timesteps, text_states, text_mask)
-        with capture_blocks(self.gated.unet) as blocks:
-            with torch.no_grad():
-                teacher_output, teacher_blocks = run_unet(self.gated, *inputs), list(blocks)
-            with self.gated.use(masks):
-                model_output, student_blocks = run_unet(self.gated, *inputs), list(blocks)
+        # Not in inference mode: autocast keeps the cast weights of this first pass for the second, which needs a graph.
+        with torch.no_grad():
+            teacher_output, teacher_blocks = run_unet(self.gated, *inputs), self._blocks.take()
+        with self.gated.use(masks):
+            model_output, student_blocks = run_unet(self.gated, *inputs), self._blocks.take()
         return {
             "model_output": model_output,
             "teacher_output": teacher_output,
@@ -240,10 +260,24 @@ class PruneObjective(nn.Module):
             raise ValueError(f"gumbel_noise must be {list(expected)} in phase {phase!r}, got {list(noise.shape)}")
 
 
-def _check_choices(macs: MacsModel, budget: float, noise_per: str, noisy_similarity: bool) -> None:
+def _track(shares: Tensor, counts: Tensor, momentum: float) -> None:
+    """Moves running shares [K] toward those of a batch's counts [K], in place."""
+    shares.lerp_(counts.to(shares) / counts.sum(), 1 - momentum if bool(shares.any()) else 1.0)
+
+
+def _check_choices(
+    macs: MacsModel, budget: float, unet_masks: str, resource_masks: str, noise_per: str, noisy_similarity: bool
+) -> None:
     floor = macs.floor / macs.total
     if not floor < budget <= 1:
         raise ValueError(f"budget {budget} is outside ({floor:.4f}, 1]: below lies what cannot be pruned")
+    for name, value, allowed in (
+        ("unet_masks", unet_masks, ("soft", "hard")),
+        ("resource_masks", resource_masks, ("soft", "hard")),
+        ("noise_per", noise_per, ("code", "sample")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}; one of {', '.join(map(repr, allowed))}")
     if noisy_similarity and noise_per != "code":
         raise ValueError("noisy_similarity compares codes under their own noise; it needs noise_per='code'")
 

@@ -44,7 +44,7 @@ class PromptRouter(CodeRouter):
         routing = self.assign(encoder.encode(prompts, batch_size=batch_size))
         if self.num_codes == 1 or not prompts:
             return routing
-        best = (routing.similarity + self._prices()).topk(2, dim=1).values  # [n, 2]
+        best = (routing.similarity + self.prices()).topk(2, dim=1).values  # [n, 2]
         # 1000 roundings: 1e-4 of a cosine in float32; in half precision every prompt is encoded alone.
         margin = 1000 * torch.finfo(encoder.dtype).eps
         for row in (best[:, 0] - best[:, 1] < margin).nonzero().flatten().tolist():
@@ -94,7 +94,8 @@ class PromptRouter(CodeRouter):
         return {
             "format": "aptp_ray.router/1",
             "z_dim": self.z_dim, "hidden_dim": self.hidden_dim, "num_codes": self.num_codes,
-            "tau": self.tau, "base": self.base, "centre": self.centre, "mean_momentum": self.mean_momentum,
+            "tau": self.tau, "base": self.base, "centre": self.centre, "duals": self.duals,
+            "mean_momentum": self.mean_momentum,
             "space": self.space.to_dict(), "macs": self.macs, "prompt_encoder": self._encoder_record,
         }  # fmt: skip
 

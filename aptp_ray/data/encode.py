@@ -1,175 +1,167 @@
 """Images and captions become latents, text states and prompt embeddings, once: no training step runs an encoder.
 
-Rows stream: tar shards -> decode and crop (tasks) -> batches of exactly ``batch_size`` rows -> encode (a pool of
-actors, which hold the models) -> Parquet (tasks). Row order is kept throughout, so batches, files and their names
-depend on the source alone.
+The stream itself, and how it goes on after a kill, stands in ``stream.py``; here is what the encoders add to it.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
-import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from aptp_ray.artifacts import RunDir
-from aptp_ray.data.encoded import ENCODING_FILE, REJECTED_FILE, replacing
-from aptp_ray.data.encoder import DTYPES, Encoder, EncoderSpec, describe
-from aptp_ray.data.rows import EncodedSink, crop_rows
-from aptp_ray.data.schema import REASON, REJECTED
-from aptp_ray.data.sources import expand, ordered, webdataset
+from aptp_ray.config import ConfigError
+from aptp_ray.data.encoded import ENCODING_FILE
+from aptp_ray.data.encoder import ChunkEncoder, EncoderSpec, describe
+from aptp_ray.data.layout import Layout
+from aptp_ray.data.rows import Framing, chunk_rows
+from aptp_ray.data.stream import promised_rows, write_split
 from aptp_ray.encoding import Encoding
-
-_REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in (*REJECTED, "split")])
 
 
 def encode_split(
-    source: Dataset | str,
+    layout: Layout,
     output: RunDir,
     parts: tuple[str, ...],
     *,
-    pipeline_dir: str,
-    prompt_encoder_source: str,
-    resolution: int,
+    spec: EncoderSpec,
+    framing: Framing,
+    mode: str = "offline",
     batch_size: int = 64,
-    num_actors: int | None = None,
-    precision: str = "fp32",
-    rows_per_file: int = 2000,
-    max_tokens: int | None = None,
-    threads: int = 1,
-    storage_options: dict[str, Any] | None = None,
+    actors: int | None = None,
+    rows_per_file: int = 512,
+    max_rejected_fraction: float = 0.1,
+    resources: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Encodes one split.
+    """Encodes one split; called again after a kill, it goes on with the units that are not done.
 
     Args:
-        source: a shard pattern (see :func:`~aptp_ray.data.sources.expand`), or a Dataset with at least KEY, IMAGE and
-            CAPTION.
+        layout: of the source.
         output: the run directory.
-        parts: where in it the rows go, e.g. ``("encoded", "train")``; what is there is replaced once all is encoded.
-        pipeline_dir: folder or URI of the teacher's pipeline.
-        prompt_encoder_source: hub id, folder, URI or ``package:NAME/sub/folder``.
-        resolution: pixels of an image's side.
+        parts: where in it the rows go, e.g. ``("encoded", "train")``.
+        spec: the encoders.
+        framing: how images become squares.
+        mode: "offline", or "online": light rows without tensors; images are decoded and checked all the same.
         batch_size: rows that an actor encodes at once.
-        num_actors: encoding actors; None: one a GPU, or one for every two CPUs.
-        precision: "fp32", "bf16" or "fp16", of the VAE and the text encoder.
-        rows_per_file: rows of a file, rounded up to a multiple of ``batch_size``.
-        max_tokens: see :class:`~aptp_ray.data.encoder.EncoderSpec`.
-        threads: torch threads of an actor on CPU.
-        storage_options: of a shard pattern, for fsspec.
+        actors: encoding actors; None: one a GPU, or one for every two CPUs of the cluster as it is now.
+        rows_per_file: about how many rows a file holds; fewer where images are large.
+        max_rejected_fraction: of the source rows; and of the units, as to those that stay out of reach.
+        resources: custom Ray resources of an actor.
 
     Returns:
-        ``{"rows_in", "rows", "rejected", "encoding"}``; rows_in = rows + rejected.
+        ``{"rows_in", "rows", "rejected", "views", "shards": {name: [rows in, rows, rejected]}, "encoding"}``;
+        rows = views * (rows_in - rejected), for every shard and in total.
 
     Raises:
-        ConfigError: if the pattern matches nothing.
+        ConfigError: if the source has no units or no usable row, or too many rows are rejected; in the latter case
+            what was encoded is kept, and a call with a higher bound goes on.
         FileNotFoundError: if an encoder is not there.
-        ValueError: if the arguments do not fit the encoders, or no row is usable.
+        ValueError: if the arguments do not fit the encoders.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(DTYPES)}: set data.precision")
-    shards = expand(source, storage_options) if isinstance(source, str) else None
-    spec = EncoderSpec(pipeline_dir, prompt_encoder_source, max_tokens, precision, threads, output.storage_options)
-    encoding = describe(spec, resolution)
-    expected = _promised_rows(shards, storage_options) if shards else None
-    print(_estimate(encoding, expected, output.address(*parts)), file=sys.stderr, flush=True)
-    rows = webdataset(source, storage_options=storage_options) if isinstance(source, str) else ordered(source)
-    encoded = _encoded(rows, spec, resolution=resolution, batch_size=batch_size, num_actors=num_actors)
-    if not output.is_local:
-        forget(output, parts)  # there, the old rows go first: see `replacing`
-    with replacing(output, *parts) as folder:
-        sink = EncodedSink(folder, output.storage_options, rows_per_file)
-        encoded.write_datasink(sink)
-        rejected = [row for result in sink.results for row in result["rejected"]]
-        kept = sum(result["rows"] for result in sink.results)
-        counts = {"rows_in": sink.rows_in, "rows": kept, "rejected": len(rejected)}
-        _check_counts(counts, rejected, expected, source)
-        forget(output, parts)
-    _write_rejected(output, parts, rejected)
-    _remember(output, parts, encoding, counts)
-    return {**counts, "encoding": encoding}
+    if mode not in ("offline", "online"):
+        raise ConfigError(f"encode.mode={mode!r} is neither offline nor online")
+    light = mode == "online"
+    encoding = describe(spec, framing, mode)
+    pool = _pool(actors, resources)
+    promised = promised_rows(layout)
+    print(_estimate(encoding, promised, output.address(*parts)), file=sys.stderr, flush=True)
 
+    def encoded(chunks: Dataset) -> Dataset:
+        return chunks.map_batches(
+            ChunkEncoder, fn_constructor_args=(spec, batch_size, light), batch_size=1, batch_format="pyarrow", **pool
+        )
 
-def _encoded(rows: Dataset, spec: EncoderSpec, *, resolution: int, batch_size: int, num_actors: int | None) -> Dataset:
-    """Raw rows -> lazy rows of ``OUTPUT_SCHEMA``, in the same order."""
-    cropped = rows.map_batches(
-        crop_rows,  # type: ignore[arg-type]  # Ray's type knows no keyword-only arguments
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={"resolution": resolution},
+    accounts = write_split(
+        layout,
+        output,
+        parts,
+        made_by={"encoding": encoding.identity()},
+        framing=framing,
+        light=light,
+        rows=chunk_rows(rows_per_file, batch_size, 0 if light else 3 * framing.resolution**2, _bytes_a_row(encoding)),
+        encoded=encoded,
+        max_rejected_fraction=max_rejected_fraction,
     )
-    # Exact batches, whatever the shards' sizes. It also keeps Ray Data from decoding inside of the actors.
-    batches = cropped.repartition(target_num_rows_per_block=batch_size, strict=True)
-    return batches.map_batches(
-        Encoder, fn_constructor_args=(spec,), batch_size=batch_size, batch_format="pyarrow", **_pool(num_actors)
+    _remember(output, parts, encoding, accounts.counts())
+    return {**accounts.counts(), "shards": accounts.shards(), "encoding": encoding}
+
+
+def write_squares(
+    layout: Layout,
+    output: RunDir,
+    parts: tuple[str, ...],
+    *,
+    framing: Framing,
+    rows_per_file: int = 512,
+    max_rejected_fraction: float = 0.1,
+) -> dict[str, Any]:
+    """Writes the images themselves, cropped, for training a VAE; as :func:`encode_split`, but no encoder runs.
+
+    Returns:
+        ``{"rows_in", "rows", "rejected", "views", "shards"}``. The rows have IMAGE in place of what is encoded.
+    """
+    side = 3 * framing.resolution**2
+    accounts = write_split(
+        layout,
+        output,
+        parts,
+        made_by={"framing": framing.to_json()},
+        framing=framing,
+        light=False,
+        rows=chunk_rows(rows_per_file, 1, side, side),
+        encoded=lambda chunks: chunks,
+        max_rejected_fraction=max_rejected_fraction,
     )
+    return {**accounts.counts(), "shards": accounts.shards()}
 
 
-def _pool(num_actors: int | None) -> dict[str, Any]:
+def _pool(actors: int | None, resources: dict[str, float] | None) -> dict[str, Any]:
     """Resources of the actor pool."""
     have = ray.cluster_resources()
+    missing = [name for name, amount in (resources or {}).items() if have.get(name, 0) < amount]
+    if missing:
+        raise ConfigError(
+            f"encode.resources asks for {', '.join(missing)}, the cluster has {', '.join(sorted(have))}: "
+            "start nodes with that resource, or leave encode.resources empty"
+        )
     cpus, gpus = have.get("CPU", 1), int(have.get("GPU", 0))
-    actors = num_actors or gpus or max(1, int(cpus // 2))
+    size = actors or gpus or max(1, int(cpus // 2))
+    # Two chunks an actor: one is encoded while the other is fetched. More would queue up in memory.
+    pool = {"compute": ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), "resources": resources or None}
     if gpus:
-        return {"compute": ActorPoolStrategy(size=actors), "num_gpus": 1, "num_cpus": 1}
+        return pool | {"num_gpus": 1, "num_cpus": 1}
     # Actors hold their CPUs until the end: with none left, the decoding tasks would wait for ever.
-    return {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1 if actors < cpus else 0}
+    return pool | {"num_cpus": 1 if size < cpus else 0}
 
 
-def _promised_rows(shards: list[str], storage_options: dict[str, Any] | None) -> int | None:
-    """Sums what img2dataset's ``<shard>_stats.json`` files say; None if a shard has none."""
-    total = 0
-    for shard in shards:
-        try:
-            with fsspec.open(f"{shard.rsplit('.', 1)[0]}_stats.json", "rb", **(storage_options or {})) as stream:
-                total += int(json.load(stream)["successes"])
-        except (OSError, KeyError, ValueError):
-            return None
-    return total
+def _bytes_a_row(encoding: Encoding, text: str | None = None) -> int:
+    """Bytes of an encoded row's tensors; float16 latents and states, int32 ids, float32 z."""
+    tokens, width = encoding.text_shape
+    z = 4 * encoding.embedding_dim
+    if encoding.mode == "online":
+        return z
+    caption = 2 * tokens * width if (text or encoding.text) == "states" else 4 * tokens
+    return 2 * 2 * int(np.prod(encoding.latent_shape)) + caption + z
 
 
 def _estimate(encoding: Encoding, rows: int | None, where: str) -> str:
-    one = 2 * (2 * int(np.prod(encoding.latent_shape)) + int(np.prod(encoding.text_shape))) + 4 * encoding.embedding_dim
-    many, count = (rows, f"{rows} rows") if rows is not None else (1_000_000, "a million rows")
-    return f"encoding into {where}: {one / 1e3:.1f} kB a row without captions, {one * many / 1e9:.2f} GB for {count}"
-
-
-def _check_counts(counts: dict[str, int], rejected: list[dict[str, str]], expected: int | None, source: Any) -> None:
-    name = repr(source) if isinstance(source, str) else "the Dataset"
-    if counts["rows_in"] != counts["rows"] + counts["rejected"]:
-        raise RuntimeError(f"rows were lost while encoding {name}: {counts}")
-    if not counts["rows"]:
-        reasons = "; ".join(list(dict.fromkeys(row[REASON] for row in rejected))[:3]) or "it has no rows"
-        raise ValueError(f"no row of {name} could be encoded: {reasons}")
-    if expected is not None and expected != counts["rows_in"]:
-        print(f"warning: {name} has {counts['rows_in']} rows, its *_stats.json files say {expected}", file=sys.stderr)
-
-
-def _write_rejected(output: RunDir, parts: tuple[str, ...], rejected: list[dict[str, str]]) -> None:
-    where = (*parts[:-1], REJECTED_FILE)
-    kept = []
-    if output.exists(*where):
-        old = pq.read_table(pa.BufferReader(output.read_bytes(*where)))
-        kept = [row for row in old.to_pylist() if row["split"] != parts[-1]]
-    rows = kept + [row | {"split": parts[-1]} for row in rejected]
-    table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["split"]), schema=_REJECTED_SCHEMA)
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    output.write_bytes(buffer.getvalue().to_pybytes(), *where)
-
-
-def forget(output: RunDir, parts: tuple[str, ...]) -> None:
-    """Takes a split out of ``encoding.json``, so that no reader trusts rows that are being replaced."""
-    where = (*parts[:-1], ENCODING_FILE)
-    if output.exists(*where):
-        value = output.read_json(*where)
-        value["splits"].pop(parts[-1], None)
-        output.write_json(value, *where)
+    views = int(encoding.framing["views"])
+    many = (1_000_000 if rows is None else rows) * views
+    count = f"{rows or 1_000_000:,} {'images' if rows is not None else 'images (their number is not known yet)'}"
+    each = f"{count}, {views} view{'s' if views > 1 else ''} each"
+    if encoding.mode == "online":
+        one = _bytes_a_row(encoding)
+        return f"light rows into {where}: {one / 1e3:.1f} kB a row without texts, {one * many / 1e9:.2f} GB for {each}"
+    sizes = {text: _bytes_a_row(encoding, text) for text in ("states", "tokens")}
+    other = "tokens" if encoding.text == "states" else "states"
+    return (
+        f"encoding into {where}: {sizes[encoding.text] / 1e3:.1f} kB a row without texts, "
+        f"{sizes[encoding.text] * many / 1e9:.2f} GB for {each}; with encode.text={other} it would be "
+        f"{sizes[other] / 1e3:.1f} kB a row, {sizes[other] * many / 1e9:.2f} GB"
+    )
 
 
 def _remember(output: RunDir, parts: tuple[str, ...], encoding: Encoding, counts: dict[str, int]) -> None:
@@ -178,5 +170,6 @@ def _remember(output: RunDir, parts: tuple[str, ...], encoding: Encoding, counts
     if output.exists(*where):
         old = output.read_json(*where)
         # Splits made by other encoders do not belong together; those rows have to be made again.
-        splits = old["splits"] if Encoding.from_json(old) == encoding else {}
+        same = all(old.get(name) == value for name, value in encoding.identity().items())
+        splits = old["splits"] if same else {}
     output.write_json({**encoding.to_json(), "splits": {**splits, parts[-1]: counts}}, *where)

@@ -163,7 +163,7 @@ def draw_group(
         unet,
         load_components(teacher_dir, device=device),
         scheduler=config.sampling.scheduler,
-        max_batch_size=config.serve.max_batch_size,
+        max_batch_size=config.serve.max_batch_size or 8,
         resolution=config.data.resolution,
     )
     drawn = sampler.generate(

@@ -1,10 +1,11 @@
-"""What a denoising step draws, keyed by (seed, purpose, step) over the whole global batch.
+"""What a denoising step is made of: encoded rows as tensors, and draws keyed by (seed, purpose, step) over the global batch.
 
 Every rank draws for all ranks and takes its own rows: 1, 2 or 4 workers over the same global batch see the same noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Draws:
     caption_dropout: float = 0.0
     empty_states: Tensor | None = None
 
-    def __call__(self, rows: Rows, step: int, mine: slice) -> dict[str, Any]:
+    def __call__(self, rows: dict[str, Any], step: int, mine: slice) -> dict[str, Any]:
         """Returns ``latents, noise, timesteps, text_states`` of this rank's rows (``decode_encoded``'s)."""
         generator = keyed_generator(self.seed, self.purpose, step)
         size = (self.global_batch_size, *self.encoding.latent_shape)
@@ -47,9 +48,9 @@ class Draws:
         posterior = torch.randn(size, generator=generator)[mine]
         timesteps = torch.randint(0, self.num_timesteps, (self.global_batch_size,), generator=generator)[mine]
         dropped = (torch.rand(self.global_batch_size, generator=generator) < self.caption_dropout)[mine]
-        states = torch.from_numpy(rows["text_states"])
+        states: Tensor = rows["text_states"]
         if self.empty_states is not None:
-            states = torch.where(dropped.view(-1, 1, 1), self.empty_states, states)
+            states = torch.where(dropped.view(-1, 1, 1).to(states.device), self.empty_states.to(states.device), states)
         return {
             "latents": torch.from_numpy(rows["mean"]) + torch.from_numpy(rows["std"]) * posterior,
             "noise": noise,
@@ -58,15 +59,51 @@ class Draws:
         }
 
 
-def decode_encoded(rows: Rows, encoding: Encoding) -> Rows:
-    """Raw columns of encoded rows -> float32 arrays ``mean, std, text_states``, and ``embedding`` where it was read."""
-    decoded = {
-        "mean": unpack(rows[schema.LATENT_MEAN], encoding.latent_shape).astype(np.float32),
-        "std": unpack(rows[schema.LATENT_STD], encoding.latent_shape).astype(np.float32),
-        "text_states": unpack(rows[schema.TEXT_STATES], encoding.text_shape).astype(np.float32),
+# Makes text states of token ids: int64 [n, tokens] and the number of real ones [n] -> float32 [n, tokens, width].
+TextStates = Callable[[Tensor, Tensor], Tensor]
+
+
+def training_columns(encoding: Encoding, *, embedding: bool = False) -> tuple[str, ...]:
+    """Returns the columns that :func:`decode_encoded` takes, and z where it is asked for; no stage reads any other."""
+    text = (schema.TEXT_STATES,) if encoding.text == "states" else (schema.TEXT_TOKENS, schema.TEXT_LENGTH)
+    return (schema.LATENT_MEAN, schema.LATENT_STD, *text, *((schema.EMBEDDING,) if embedding else ()))
+
+
+def decode_encoded(rows: Rows, encoding: Encoding, text_states: TextStates | None = None) -> dict[str, Any]:
+    """Raw columns of encoded rows -> float32 ``mean, std`` (arrays), ``text_states`` (Tensor), ``embedding`` where it was read.
+
+    Args:
+        rows: the columns of :func:`training_columns`.
+        encoding: what they are made of.
+        text_states: makes states of token ids, where rows hold those; on whatever device it likes.
+
+    Raises:
+        ValueError: if rows hold token ids and there is nothing that makes states of them, or columns are not of their shape.
+    """
+    decoded: dict[str, Any] = {
+        "mean": _unpacked(rows[schema.LATENT_MEAN], encoding.latent_shape, "<f2").astype(np.float32),
+        "std": _unpacked(rows[schema.LATENT_STD], encoding.latent_shape, "<f2").astype(np.float32),
     }
+    if encoding.text == "states":
+        decoded["text_states"] = torch.from_numpy(
+            _unpacked(rows[schema.TEXT_STATES], encoding.text_shape, "<f2").astype(np.float32)
+        )
+    elif text_states is None:
+        raise ValueError("the rows hold token ids (encode.text=tokens): decoding them takes the text encoder")
+    else:
+        tokens = _unpacked(rows[schema.TEXT_TOKENS], encoding.text_shape[:1], "<i4").astype(np.int64)
+        lengths = np.asarray(rows[schema.TEXT_LENGTH], dtype=np.int64)
+        decoded["text_states"] = text_states(torch.from_numpy(tokens), torch.from_numpy(lengths))
     if schema.EMBEDDING in rows:
         decoded["embedding"] = np.stack(list(rows[schema.EMBEDDING])).astype(np.float32)
-    if schema.GROUP in rows:
-        decoded["group"] = rows[schema.GROUP]
     return decoded
+
+
+def _unpacked(column: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Bytes of n tensors, one string each or uint8 [n, bytes] -> [n, *shape]; the latter without a copy."""
+    if column.dtype == object:
+        return unpack(column, shape, dtype)
+    each = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if column.shape[1:] != (each,):
+        raise ValueError(f"stored tensors have {column.shape[1:]} bytes, not {each} for {shape}: encoding.json is not theirs")
+    return np.ascontiguousarray(column).view(dtype).reshape(len(column), *shape)

@@ -17,9 +17,8 @@ from aptp_ray.core.prune import prune_unet
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import Draws, decode_encoded
-from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
-from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of
 
 SHARED = ("train", "finetune-shared", "unet")
 
@@ -34,7 +33,7 @@ def shared_worker(settings: dict[str, Any]) -> None:
     student = GatedUNet(fast_attention(deepcopy(teacher), worker.place.device))
     codes = router.hard_codes.clone()
 
-    def routed(rows: Rows) -> dict[str, Any]:
+    def routed(rows: dict[str, Any]) -> dict[str, Any]:
         return {"codes": codes[router.assign(torch.from_numpy(rows["embedding"])).expert]}
 
     def save(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def expert_worker(settings: dict[str, Any]) -> None:
             "counted_macs": counted,
             "teacher_macs": routing["teacher_macs"],
             "parameters": sum(p.numel() for p in student.parameters()),
-            "rows": worker.total_rows,
+            "rows": worker.rows.num_rows,
             "steps": loop.steps,
             "train_seconds": figures["train_seconds"],
         }
@@ -102,6 +101,7 @@ def finetune_parts(
     spec = worker.config.finetune
     encoding = Encoding.from_json(settings["encoding"])
     schedule = noise_schedule(worker.run.local("teacher"))
+    text_states = text_states_of(encoding, worker.run.local("teacher"), worker.place.device)
     draws = Draws(
         loop.seed,
         purpose,
@@ -122,7 +122,12 @@ def finetune_parts(
         module=objective,
         groups=[{"params": list(student.parameters()), **loop.optimizer.rates()}],
         inputs=lambda rows, step, mine: draws(rows, step, mine) | routed(rows),
-        decode=lambda rows: decode_encoded(rows, encoding),
+        decode=lambda rows: decode_encoded(rows, encoding, text_states),
         save=save,
         weights=spec.weights.model_dump(),
+        # The teacher's forward, and the student's with a backward pass to inputs and weights.
+        macs_per_sample=sum(
+            passes * count_macs(unet, encoding.latent_shape[1:], encoding.text_shape[0])
+            for passes, unet in ((1, teacher), (3, student.unet if isinstance(student, GatedUNet) else student))
+        ),
     )

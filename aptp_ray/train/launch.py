@@ -6,13 +6,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, Loop
+from aptp_ray.train.feed import RowReader
 
 # glibc gives freed activations back to the kernel and faults them in again each step; keeping them is worth about a tenth of
 # a CPU step.
@@ -23,74 +25,56 @@ _CPU_ENVIRONMENT = {
 }
 
 
-class WholeStreams(DataConfig):
-    """Every worker sees the whole Dataset in one order and takes its share of each global batch (see feed.py).
-
-    The batches are then the same for any number of workers, and none of the rows that an equal split would drop is lost.
-    A stream of its own for each worker (``streaming_split(1)``) runs Ray Data's executor in an actor; the plain iterator would
-    run it in a thread of the worker, where it fights with the training step for the interpreter lock (a step took three times
-    as long).
-    """
-
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
-    ) -> list[dict[str, Any]]:
-        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            for shard in shards:
-                stream = dataset.copy(dataset)
-                stream.context.execution_options = self._resolve_execution_options(name)
-                shard[name] = stream.streaming_split(1, equal=False)[0]
-        return shards
-
-
 def launch(
-    worker: Callable[[dict[str, Any]], None],
+    worker: str | Callable[[dict[str, Any]], None],
     *,
     config: Config,
     run: RunDir,
     name: str,
     loop: Loop,
-    datasets: dict[str, Any],
-    total_rows: int,
+    rows: RowReader,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs ``worker`` on every Train worker and returns what rank 0 recorded with :func:`record_outcome`.
 
     Args:
-        worker: the function of every Train worker; it gets the settings that ``Worker.start`` unpacks.
+        worker: the function of every Train worker, which gets the settings that ``Worker.start`` unpacks; or its name,
+            "module:function", where this process need not import it.
         config: the whole tree.
         run: the run directory.
         name: of the run below ``train/``.
         loop: workers and checkpoints of this stage.
-        datasets: Ray Datasets by name; "train" is what the loop reads.
-        total_rows: of "train".
+        rows: what the loop reads; every worker gets a copy and reads its own part.
         extra: more settings for the worker: plain values, and references to objects in Ray's store.
 
     A run with the same run directory and name goes on from its newest checkpoint (Ray Train V2's contract of ``storage_path``
     and ``name``).
 
     Raises:
+        ValueError: if the workers cannot share the global batch evenly.
         ray.train.TrainingFailedError: if the workers failed more often than ``compute.max_failures`` allows.
     """
-    # Importing ray.data only here: execution options are its own.
-    from ray.data import ExecutionOptions
-
+    if finished(run, name):
+        return run.read_json(*_outcome(name))
     compute = config.compute
+    workers = loop.workers or compute.workers
+    loop.check_division(name, workers)
     on_gpu = compute.gpus_per_worker > 0
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
+    named = isinstance(worker, str)
     trainer = TorchTrainer(
-        worker,
+        run_named if named else worker,
         train_loop_config={
             # As an object: Ray Train shows plain settings on its dashboard, and storage options hold secrets.
             "config": config,
             "run_uri": run.uri,
             "name": name,
-            "total_rows": total_rows,
+            "rows": rows,
+            **({"worker": worker} if named else {}),
             **(extra or {}),
         },
         scaling_config=ScalingConfig(
-            num_workers=loop.workers or compute.workers,
+            num_workers=workers,
             use_gpu=on_gpu,
             resources_per_worker=resources,
             accelerator_type=compute.accelerator_type,
@@ -102,20 +86,29 @@ def launch(
             checkpoint_config=CheckpointConfig(num_to_keep=loop.num_checkpoints),
             worker_runtime_env={} if on_gpu else {"env_vars": _CPU_ENVIRONMENT},
         ),
-        datasets=datasets,
-        dataset_config=WholeStreams(execution_options=ExecutionOptions(preserve_order=True)),
     )
     with _interrupts_given_back():
         trainer.fit()
-    return run.read_json("train", name, "outcome.json")
+    return run.read_json(*_outcome(name))
+
+
+def run_named(settings: dict[str, Any]) -> None:
+    """Runs the worker function that the settings name."""
+    module, _, function = settings["worker"].partition(":")
+    getattr(import_module(module), function)(settings)
+
+
+def finished(run: RunDir, name: str) -> bool:
+    """Tells whether a run has come to its end: its outcome is written last."""
+    return run.exists(*_outcome(name))
 
 
 @contextmanager
 def _interrupts_given_back() -> Iterator[None]:
     """Takes Ray Train's handler of Ctrl-C away when a run is over.
 
-    ``fit`` leaves it in place: a later Ctrl-C would abort a run that has ended, and the handler keeps the run's controller and
-    the actors of its Datasets in memory for as long as the job lives.
+    ``fit`` leaves it in place: a later Ctrl-C would abort a run that has ended, and the handler keeps the run's controller in
+    memory for as long as the job lives.
     """
     if threading.current_thread() is not threading.main_thread():  # where nobody can set handlers
         yield
@@ -129,4 +122,8 @@ def _interrupts_given_back() -> Iterator[None]:
 
 def record_outcome(run: RunDir, name: str, outcome: dict[str, Any]) -> None:
     """Writes a run's figures where :func:`launch` reads them."""
-    run.write_json(outcome, "train", name, "outcome.json")
+    run.write_json(outcome, *_outcome(name))
+
+
+def _outcome(name: str) -> tuple[str, ...]:
+    return ("train", name, "outcome.json")

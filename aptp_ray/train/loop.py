@@ -6,6 +6,7 @@ A stage hands in its parts (:class:`Parts`); everything else is here: data, step
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from aptp_ray.config import Loop, Schedule
-from aptp_ray.tracking import Progress, Tracker
+from aptp_ray.tracking import Progress, Tracker, unet_flop_utilisation
 from aptp_ray.train.checkpoints import load_state, save_state
-from aptp_ray.train.feed import Feed, Rows
+from aptp_ray.train.feed import Feed, RowReader, Rows
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,15 +38,19 @@ class Parts:
         decode: raw columns -> arrays, for the feed.
         save: writes the stage's outcome; called once, on rank 0, after the last step.
         lr_scale: (step, index of the group) -> factor, on top of the schedule.
+        look: (tracker, steps done, statistics), called on rank 0 whenever a step is logged: figures that are dear to compute.
+        macs_per_sample: of all UNet passes of a step, for the FLOP utilisation (see ``unet_flop_utilisation``).
     """
 
     module: nn.Module
     groups: list[dict[str, Any]]
-    inputs: Callable[[Rows, int, slice], dict[str, Any]]
-    decode: Callable[[Rows], Rows]
+    inputs: Callable[[dict[str, Any], int, slice], dict[str, Any]]
+    decode: Callable[[Rows], dict[str, Any]]
     save: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
     weights: dict[str, float] = field(default_factory=dict)
     lr_scale: Callable[[int, int], float] = lambda step, group: 1.0
+    look: Callable[[Tracker, int, dict[str, Any]], None] | None = None
+    macs_per_sample: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,10 @@ def run_loop(
     loop: Loop,
     *,
     place: Place,
-    dataset: Any,
-    total_rows: int,
+    reader: RowReader,
     tracker: Tracker,
     label: str,
+    peak_flops: float | None = None,
 ) -> None:
     """Trains to ``loop.steps``, from the newest checkpoint of this run where there is one."""
     # -- state ---------------------------------------------------------------------------------------------------------------
@@ -117,17 +122,26 @@ def run_loop(
 
     # -- data ----------------------------------------------------------------------------------------------------------------
     feed = Feed(
-        dataset,
-        total_rows=total_rows,
+        reader,
         global_batch_size=loop.global_batch_size,
         rank=place.rank,
         world_size=place.world_size,
         seed=loop.seed,
         window=loop.shuffle_window,
+        lanes=loop.num_lanes(),
         decode=parts.decode,
     )
     local = loop.global_batch_size // place.world_size
     mine = slice(place.rank * local, (place.rank + 1) * local)
+    if place.rank == 0:
+        epochs = loop.steps * loop.global_batch_size / feed.epoch_rows
+        print(
+            f"[{label}] {reader.num_rows} rows in {loop.num_lanes()} lanes; {feed.padding} of them are seen twice in an epoch; "
+            f"{loop.steps} steps are {epochs:.3g} epochs",
+            file=sys.stderr,
+            flush=True,
+        )
+        tracker.log({"data/rows": reader.num_rows, "data/padding": feed.padding, "data/epochs": epochs}, step=start)
 
     # -- steps ---------------------------------------------------------------------------------------------------------------
     progress = Progress(label, loop.steps, start=start, enabled=place.rank == 0)
@@ -167,8 +181,13 @@ def run_loop(
                 "samples_per_second": (done - logged_step) * loop.global_batch_size / max(now - logged_at, 1e-9),
                 **_flat(statistics),
             }
+            if parts.macs_per_sample is not None and peak_flops is not None:
+                rate = metrics["samples_per_second"]
+                metrics["unet_flop_utilisation"] = unet_flop_utilisation(parts.macs_per_sample, rate, peak_flops)
             logged_step, logged_at = done, now
             tracker.log(metrics, step=done)
+            if parts.look is not None and place.rank == 0:
+                parts.look(tracker, done, statistics)
             progress.update(done, f"loss {metrics['loss/total']:.4f}")
         if done % loop.checkpoint_every_steps == 0 or last:
             facts = {"step": done, "seconds": spent + time.monotonic() - begun}

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from aptp_ray.artifacts import RunDir, resolve_source
 from aptp_ray.config import Config, ConfigError
+from aptp_ray.core.budget import HardCodes
+from aptp_ray.core.collapse import largest_of_pairs, overlaps
 from aptp_ray.core.gates import GatedUNet
-from aptp_ray.core.hardening import HardCodes, harden_codes, start_logits
+from aptp_ray.core.hardening import harden_codes, start_logits
 from aptp_ray.core.importance import ImportanceBatch, measure_importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.prompt_encoder import PromptEncoder
@@ -30,7 +32,8 @@ from aptp_ray.tracking import Progress
 from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
-from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
+from aptp_ray.train.watch import CodeWatch
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of
 
 # Prompts of each split that the job hands in: on the training split's, codes part and the transport's duals are fitted; the
 # validation split's weigh the hardened codes.
@@ -41,8 +44,8 @@ def prune_worker(settings: dict[str, Any]) -> None:
     """Measures importance, trains the router, hardens the codes, and writes ``router`` and ``routing.json``.
 
     Args:
-        settings: see ``launch``; and ``encoding``, and references to raw columns: ``samples`` (for importance), ``prompts``
-            and ``validation_prompts``. They come from the job, because a Dataset costs each worker an executor.
+        settings: see ``launch``; and ``encoding``, and references to raw columns: ``samples`` (``training_columns`` of
+            the rows for importance), ``prompts`` and ``validation_prompts`` (z). The job reads these once for all workers.
     """
     worker = Worker.start(settings)
     config, spec, loop = worker.config, worker.config.prune, worker.config.prune.loop
@@ -52,13 +55,18 @@ def prune_worker(settings: dict[str, Any]) -> None:
     # -- teacher, its prunable sites and their MACs -----------------------------------------------------------------------------
     unet = UNet2DConditionModel.from_pretrained(teacher_dir, subfolder="unet")
     macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.text_shape[0])
-    gated = GatedUNet(fast_attention(unet, worker.place.device).to(worker.place.device))
+    gated = GatedUNet(
+        fast_attention(unet, worker.place.device).to(worker.place.device), gate_placement=spec.gate_placement
+    )
     schedule = noise_schedule(teacher_dir)
     draws = Draws(loop.seed, "prune", loop.global_batch_size, encoding, len(schedule.alphas_cumprod))
 
     # -- where codes start ---------------------------------------------------------------------------------------------
-    samples = decode_encoded(ray.get(settings["samples"]), encoding)
-    score = importance(worker, gated, macs, samples, schedule.alphas_cumprod)
+    text_states = text_states_of(encoding, teacher_dir, worker.place.device)
+    score = None
+    if spec.start == "importance":
+        samples = decode_encoded(ray.get(settings["samples"]), encoding, text_states)
+        score = importance(worker, gated, macs, samples, schedule.alphas_cumprod)
     router = new_router(config, gated.space, macs, score, encoding.embedding_dim)
     embeddings = prompt_embeddings(ray.get(settings["prompts"]))
     objective = PruneObjective(
@@ -70,34 +78,43 @@ def prune_worker(settings: dict[str, Any]) -> None:
         budget=spec.budget,
         gamma=spec.min_snr_gamma,
         assignment_epsilon=config.router.epsilon,
+        relative_epsilon=config.router.relative_epsilon,
         temperature=spec.contrastive_temperature,
+        contrastive_form=spec.contrastive_form,
         contrastive_diagonal=spec.contrastive_diagonal,
+        unet_masks=spec.unet_masks,
+        resource_masks=spec.resource_masks,
+        noise_per=spec.noise_per,
+        noisy_similarity=spec.noisy_similarity,
+        normalise_blocks=spec.normalise_blocks,
     )
     warmup = round(loop.steps * spec.warmup_fraction)
 
-    def inputs(rows: Rows, step: int, mine: slice) -> dict[str, Any]:
+    def inputs(rows: dict[str, Any], step: int, mine: slice) -> dict[str, Any]:
         if step == warmup:  # codes part here; a run resumed later has them in its checkpoint
             router.initialise_codes(embeddings, generator=keyed_generator(loop.seed, "codes"))
         in_warmup = step < warmup
         generator = keyed_generator(loop.seed, "gumbel", step)
-        dim, count = gated.space.dim, loop.global_batch_size if in_warmup else router.num_codes
-        noise = gumbel((count, dim), generator)
+        per_sample = in_warmup or spec.noise_per == "sample"
+        noise = gumbel((loop.global_batch_size if per_sample else router.num_codes, gated.space.dim), generator)
         return draws(rows, step, mine) | {
             "text_mask": None,
             "z": torch.from_numpy(rows["embedding"]),
-            "gumbel_noise": noise[mine] if in_warmup else noise,
+            "gumbel_noise": noise[mine] if per_sample else noise,
             "phase": "warmup" if in_warmup else "codes",
         }
 
     def save_router(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
-        transport = router.fit_potentials(embeddings, epsilon=config.router.epsilon)
+        transport = router.fit_potentials(
+            embeddings, epsilon=config.router.epsilon, relative=config.router.relative_epsilon
+        )
         hard, shares = harden(config, router, macs, prompt_embeddings(ray.get(settings["validation_prompts"])))
         write_router(worker.run, config, router, macs, hard, shares)
         return {
             "macs_ratio": round(hard.macs_ratio, 5),
             "budget": spec.budget,
             "transport_converged": bool(transport.converged),
-            "largest_overlap": round(largest_overlap(hard.codes), 4),
+            "largest_overlap": round(largest_of_pairs(overlaps(hard.codes)), 4),
             "experts": [
                 {"macs_ratio": round(float(ratio), 4), "share": round(float(share), 4)}
                 for ratio, share in zip(hard.ratios, shares, strict=True)
@@ -111,9 +128,12 @@ def prune_worker(settings: dict[str, Any]) -> None:
             {"params": [router.codes], "lr": spec.code_lr, "weight_decay": 0.0},
         ],
         inputs=inputs,
-        decode=lambda rows: decode_encoded(rows, encoding),
+        decode=lambda rows: decode_encoded(rows, encoding, text_states),
         save=save_router,
         weights=spec.weights.model_dump(),
+        look=CodeWatch(config, objective, worker.name),
+        # Teacher and masked forward, and a backward pass to the masks alone; a masked channel is computed all the same.
+        macs_per_sample=3 * macs.total,
     )
     worker.train(parts, loop)
 
@@ -151,10 +171,10 @@ def check_budget(config: Config) -> None:
 
 
 def new_router(
-    config: Config, space: ArchitectureSpace, macs: MacsModel, score: Tensor, embedding_dim: int
+    config: Config, space: ArchitectureSpace, macs: MacsModel, score: Tensor | None, embedding_dim: int
 ) -> PromptRouter:
-    """Returns a router whose codes start at the budget, what is worth its MACs most open."""
-    start = start_logits(
+    """Returns a router whose codes start at the budget, what is worth its MACs most open; without a score, at zeros."""
+    start = None if score is None else start_logits(
         score,
         macs,
         space,
@@ -172,6 +192,8 @@ def new_router(
         start_logits=start,
         tau=config.router.tau,
         base=config.router.base,
+        centre=config.router.centre,
+        duals=config.router.duals,
         macs=macs.to_dict(),
     )
     source = config.router.prompt_encoder
@@ -180,7 +202,7 @@ def new_router(
     return router.attach(encoder)
 
 
-def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, rows: Rows, alphas: Tensor) -> Tensor:
+def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, rows: dict[str, Any], alphas: Tensor) -> Tensor:
     """Measures each entry's importance on rows, parted among the ranks; kept beside the run's checkpoints.
 
     Returns:
@@ -191,7 +213,7 @@ def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, rows: Rows, al
         return load(worker.run.read_bytes(*kept))["score"]
     spec, place = worker.config.prune, worker.place
     mine = slice(place.rank, None, place.world_size)
-    batch = noised_batch(rows, spec.loop.seed, alphas, mine)
+    batch = noised_batch(rows, spec.loop.seed, alphas, mine, place.device)
     total = len(range(len(rows["mean"]))[mine]) * (gated.space.dim + 1)
     progress = Progress("importance", total, unit="rows", enabled=place.rank == 0)
     measured = measure_importance(
@@ -207,7 +229,7 @@ def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, rows: Rows, al
     return score
 
 
-def noised_batch(rows: Rows, seed: int, alphas: Tensor, mine: slice) -> ImportanceBatch:
+def noised_batch(rows: dict[str, Any], seed: int, alphas: Tensor, mine: slice, device: torch.device) -> ImportanceBatch:
     """Noises rows at timesteps spread evenly over the schedule (the middle of equal strata)."""
     count = len(rows["mean"])
     generator = keyed_generator(seed, "importance")
@@ -215,9 +237,8 @@ def noised_batch(rows: Rows, seed: int, alphas: Tensor, mine: slice) -> Importan
     timesteps = ((torch.arange(count) + 0.5) / count * len(alphas)).long()[torch.randperm(count, generator=generator)]
     scale = alphas[timesteps].view(-1, 1, 1, 1)
     noised = scale.sqrt() * torch.from_numpy(rows["mean"]) + (1 - scale).sqrt() * noise
-    return ImportanceBatch(
-        sample=noised[mine], timesteps=timesteps[mine], text_states=torch.from_numpy(rows["text_states"])[mine]
-    )
+    sample, timesteps, states = (part[mine].to(device) for part in (noised, timesteps, rows["text_states"]))
+    return ImportanceBatch(sample=sample, timesteps=timesteps, text_states=states)
 
 
 def harden(config: Config, router: PromptRouter, macs: MacsModel, validation: Tensor) -> tuple[HardCodes, Tensor]:
@@ -237,9 +258,7 @@ def harden(config: Config, router: PromptRouter, macs: MacsModel, validation: Te
     return hard, shares
 
 
-def write_router(
-    run: RunDir, config: Config, router: PromptRouter, macs: MacsModel, hard: HardCodes, shares: Tensor
-) -> None:
+def write_router(run: RunDir, config: Config, router: PromptRouter, macs: MacsModel, hard: HardCodes, shares: Tensor) -> None:
     """Writes ``router`` and then ``routing.json``."""
     with run.writing("router") as folder:
         router.save_pretrained(folder)
@@ -254,14 +273,6 @@ def write_router(
     ]
     figures = {"budget": config.prune.budget, "macs_ratio": hard.macs_ratio, "teacher_macs": macs.total, "experts": experts}
     run.write_json(figures, "routing.json")
-
-
-def largest_overlap(codes: Tensor) -> float:
-    """Returns the largest share of entries in which two of the codes [K, dim] agree; 0 for a single code."""
-    return max(
-        (float((a == b).float().mean()) for i, a in enumerate(codes) for b in codes[i + 1 :]),
-        default=0.0,
-    )
 
 
 def prompt_embeddings(rows: Rows) -> Tensor:

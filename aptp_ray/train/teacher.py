@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -19,22 +19,26 @@ from aptp_ray.core.randomness import key_seed, keyed_generator
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import Draws, decode_encoded
-from aptp_ray.train.feed import Rows
+from aptp_ray.train.feed import RowReader, Rows, first_rows
 from aptp_ray.train.loop import Parts
-from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of
 
 # -- the VAE -----------------------------------------------------------------------------------------------------------------
 
 
 def vae_worker(settings: dict[str, Any]) -> None:
-    """Solves for the VAE's encoder, trains its decoder on crops, and writes ``teacher_vae``."""
+    """Solves for the VAE's encoder, trains its decoder on crops, and writes ``teacher_vae``.
+
+    Args:
+        settings: see ``launch``; its rows have IMAGE, the pixels of squares.
+    """
     worker = Worker.start(settings)
     spec = worker.config.teacher.vae
     assert spec is not None
     loop = spec.loop
     torch.manual_seed(key_seed(loop.seed, "vae", "init"))  # diffusers' modules draw their start from global state
     vae = AutoencoderKL(**spec.model)
-    whole = first_images(spec.encoder_images)
+    whole = first_images(worker.rows, spec.encoder_images)
     solve_encoder(vae, whole, whitening=spec.whitening)
     side = spec.crop // 2 ** (len(vae.config["block_out_channels"]) - 1)
     latent_shape = (loop.global_batch_size, vae.config["latent_channels"], side, side)
@@ -66,10 +70,9 @@ def vae_worker(settings: dict[str, Any]) -> None:
     worker.train(parts, loop)
 
 
-def first_images(count: int) -> Tensor:
+def first_images(reader: RowReader, count: int) -> Tensor:
     """Returns the first training images, [n, 3, height, width] in [-1, 1]."""
-    stream = ray.train.get_dataset_shard("train").iter_batches(batch_size=count, batch_format="numpy")
-    return to_signed(next(iter(stream))[schema.IMAGE])
+    return to_signed(first_rows(reader, count)[schema.IMAGE])
 
 
 @torch.no_grad()
@@ -82,8 +85,12 @@ def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 
 def to_signed(images: np.ndarray) -> Tensor:
-    """uint8 [n, height, width, 3] -> float32 [n, 3, height, width] in [-1, 1]."""
-    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float().contiguous().div_(127.5).sub_(1.0)
+    """Pixels of squares, uint8 [n, side * side * 3] -> float32 [n, 3, side, side] in [-1, 1]."""
+    side = math.isqrt(images.shape[1] // 3)
+    if images.shape[1] != 3 * side * side:
+        raise ValueError(f"images of {images.shape[1]} bytes are no squares of three channels")
+    pixels = torch.from_numpy(images.reshape(len(images), side, side, 3).astype(np.float32))
+    return pixels.permute(0, 3, 1, 2).contiguous().div_(127.5).sub_(1.0)
 
 
 # -- the pipeline around it ------------------------------------------------------------------------------------------------------
@@ -171,6 +178,7 @@ def unet_worker(settings: dict[str, Any]) -> None:
     encoding = Encoding.from_json(settings["encoding"])
     unet = fast_attention(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), worker.place.device)
     schedule = noise_schedule(folder)
+    text_states = text_states_of(encoding, folder, worker.place.device)
     draws = Draws(
         loop.seed,
         "teacher",
@@ -195,7 +203,7 @@ def unet_worker(settings: dict[str, Any]) -> None:
         module=objective,
         groups=[{"params": list(unet.parameters()), **loop.optimizer.rates()}],
         inputs=draws,
-        decode=lambda rows: decode_encoded(rows, encoding),
+        decode=lambda rows: decode_encoded(rows, encoding, text_states),
         save=save,
     )
     worker.train(parts, loop)

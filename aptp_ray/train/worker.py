@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -15,9 +14,14 @@ from torch import Tensor, nn
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, Loop
 from aptp_ray.core.components import TextEncoder, load_components
-from aptp_ray.tracking import Tracker
+from aptp_ray.encoding import Encoding
+from aptp_ray.tracking import Tracker, known_peak_tflops
+from aptp_ray.train.draws import TextStates
+from aptp_ray.train.feed import RowReader
 from aptp_ray.train.launch import record_outcome
 from aptp_ray.train.loop import Parts, Place, place_of_worker, run_loop
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Worker:
     config: Config
     run: RunDir
     name: str
-    total_rows: int
+    rows: RowReader
     place: Place
     settings: dict[str, Any]
 
@@ -37,7 +41,7 @@ class Worker:
         config: Config = settings["config"]
         place = place_of_worker(config.compute.threads_per_worker)
         run = RunDir(settings["run_uri"], config.storage_options)
-        return cls(config, run, settings["name"], settings["total_rows"], place, settings)
+        return cls(config, run, settings["name"], settings["rows"], place, settings)
 
     def train(self, parts: Parts, loop: Loop) -> None:
         """Runs the loop and records the outcome."""
@@ -64,11 +68,18 @@ class Worker:
             parts,
             loop,
             place=self.place,
-            dataset=ray.train.get_dataset_shard("train"),
-            total_rows=self.total_rows,
+            reader=self.rows,
             tracker=tracker,
             label=self.name,
+            peak_flops=self._peak_flops(loop),
         )
+
+    def _peak_flops(self, loop: Loop) -> float | None:
+        """Of all workers' devices together, where it is known."""
+        peak, device = self.config.tracking.peak_tflops, self.place.device
+        if peak is None and device.type == "cuda":
+            peak = known_peak_tflops(torch.cuda.get_device_name(device), loop.precision)
+        return None if peak is None else 1e12 * peak * self.place.world_size
 
 
 def fast_attention(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
@@ -102,3 +113,32 @@ def empty_text_states(pipeline_dir: str) -> list[list[float]]:
     """Returns the text encoder's states of the empty caption, [tokens][width]."""
     parts = load_components(pipeline_dir)
     return TextEncoder(parts.tokenizer, parts.text_encoder)([""])[0].float().tolist()
+
+
+def text_states_of(encoding: Encoding, pipeline_dir: str, device: torch.device) -> TextStates | None:
+    """Loads the frozen text encoder where rows hold token ids (``encode.text=tokens``); None where they hold its states.
+
+    Returns:
+        what makes states of token ids on ``device``: the values that encoding with ``encode.text=states`` would have stored,
+        within the rounding of half floats.
+
+    Raises:
+        ValueError: if the tokenizer pads on the left.
+    """
+    if encoding.text == "states":
+        return None
+    dtype = _DTYPES[encoding.precision]
+    parts = load_components(pipeline_dir, dtype=dtype, device=device)
+    if parts.tokenizer.padding_side != "right":
+        raise ValueError(f"{pipeline_dir}: the tokenizer pads on the {parts.tokenizer.padding_side}: use encode.text=states")
+    model = parts.text_encoder
+    masked = getattr(model.config, "use_attention_mask", False)  # as StableDiffusionPipeline.encode_prompt
+
+    @torch.no_grad()  # and no inference_mode: the UNet's backward pass keeps what it attends to
+    def make(tokens: Tensor, lengths: Tensor) -> Tensor:
+        tokens, lengths = tokens.to(device), lengths.to(device)
+        mask = (torch.arange(tokens.shape[1], device=device) < lengths[:, None]).long() if masked else None
+        # Through half floats, as states are stored.
+        return model(tokens, attention_mask=mask)[0].half().float()  # [n, tokens, width]
+
+    return make

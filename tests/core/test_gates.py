@@ -5,7 +5,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from aptp_ray.core.gates import GatedUNet, capture_blocks
+from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.running import capture_blocks
 from tests.core.tiny import TINY_UNETS, inputs_for, tiny_sd15, tiny_sd21, tiny_sdxl
 
 
@@ -232,10 +233,13 @@ def test_capture_blocks_holds_the_latest_forward() -> None:
     inputs = inputs_for(unet)
     modules = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     shapes = [(16, 8), (32, 4), (32, 2), (32, 2), (32, 2), (32, 4), (32, 8), (32, 16), (16, 16)]
-    with torch.no_grad(), capture_blocks(unet) as outputs:
+    with torch.no_grad(), capture_blocks(unet) as recorder:
+        unet(**inputs_for(unet, seed=8))
         unet(**inputs)
-        first = list(outputs)
+        first = recorder.take()
+        assert recorder.take() == []
         unet(**inputs_for(unet, seed=9))
+        outputs = recorder.take()
         assert len(outputs) == len(modules) == 9
         assert not any(torch.equal(a, b) for a, b in zip(outputs, first, strict=True))
     assert [(t.shape[1], t.shape[2]) for t in first] == shapes

@@ -55,5 +55,5 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 def run(tmp_path_factory: pytest.TempPathFactory, shards: Shards, pipeline_dir: Path, ray_cluster: None) -> RunDir:
     """A run directory with all of the shards encoded; tests that write to it write beside ``encoded``."""
     run = RunDir(str(tmp_path_factory.mktemp("run")))
-    encode(shards.pattern, run, pipeline_dir, num_actors=2)
+    encode(shards.pattern, run, pipeline_dir, actors=2)
     return run

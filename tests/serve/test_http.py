@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.run import APP_NAME, ServeError, start
 
 URL = "/v1/images/generations"
+JSON = {"content-type": "application/json"}
 PROMPTS = ["a red apple", "flat icon of the sky", "green fox", "a brown dog", "a dragon eats a train", "two plums", "?"]
 
 
@@ -37,9 +39,10 @@ def _draw(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 def test_an_image_is_what_the_routed_expert_draws_offline(client: httpx.Client, run_dir: Path) -> None:
     answer = _draw(client, prompt="a red apple", seed=5, guidance_scale=2.5, num_inference_steps=3)
-    assert set(answer) == {"created", "data", "output_format", "size", "aptp"}
+    assert set(answer) == {"created", "data", "output_format", "size", "usage", "aptp"}
     assert answer["data"][0]["revised_prompt"] is None and answer["output_format"] == "png" and answer["size"] == "16x16"
     facts = answer["aptp"]
+    assert answer["usage"]["output_tokens"] == 8 * 8 and answer["usage"]["input_tokens"] == 5  # with [CLS] and [SEP]
     assert facts["seeds"] == [{"seed": 5, "index": 0}] and facts["seconds"] > 0 and facts["routed"]
     unet = load_unet(run_dir / "experts" / str(facts["expert"]))
     sampler = Sampler.from_components(unet, load_components(run_dir / "teacher"), scheduler="DDIMScheduler")
@@ -100,9 +103,13 @@ def test_models_and_health(client: httpx.Client) -> None:
     models = client.get("/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["auto", "expert-0", "expert-1"]
     assert 0 < models[1]["aptp"]["macs_ratio"] < 1 and models[0]["aptp"]["teacher_macs"] > models[1]["aptp"]["macs"]
-    health = client.get("/health")
-    assert health.status_code == 200
-    assert health.json() == {"status": "ok", "router": "ok", "expert-0": "ok", "expert-1": "ok"}
+    assert client.get("/v1/models/expert-1").json() == models[2]
+    unknown = client.get("/v1/models/expert-2")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
+    assert client.get("/health").json() == {"status": "ok"}
+    ready = client.get("/ready")
+    assert ready.status_code == 200
+    assert ready.json() == {"status": "ok", "router": "ok", "expert-0": "ok", "expert-1": "ok"}
 
 
 BAD: list[tuple[Any, str | None]] = [
@@ -111,7 +118,21 @@ BAD: list[tuple[Any, str | None]] = [
     ({"prompt": "  \n"}, "prompt"),
     ({"prompt": "x" * 2001}, "prompt"),
     ({"prompt": 7}, "prompt"),
-    ({"prompt": ["a"]}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt.1"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": ["a"] * 33}, "prompt"),
+    ({"prompt": ["a"] * 4, "n": 10}, "n"),
+    ({"prompt": "nothing\0 here"}, "prompt"),
+    ({"prompt": "half \ud83d of a smile"}, "prompt"),
+    ({"prompt": "a", "negative_prompt": "\x1b[31m"}, "negative_prompt"),
+    ({"prompt": "a", "user": "u" * 257}, "user"),
+    ({"prompt": "a", "timeout": 0}, "timeout"),
+    ({"prompt": "a", "timeout": 301}, "timeout"),
+    ({"prompt": "a", "partial_images": 1}, "partial_images"),
+    ({"prompt": "a", "stream": True, "partial_images": 4}, "partial_images"),
+    ({"prompt": "a", "output_compression": 101}, "output_compression"),
+    ({"prompt": "a", "n\nX: y" * 40: 3}, None),
     ({"prompt": "a", "n": 0}, "n"),
     ({"prompt": "a", "n": 11}, "n"),
     ({"prompt": "a", "n": "2"}, "n"),
@@ -125,7 +146,7 @@ BAD: list[tuple[Any, str | None]] = [
     ({"prompt": "a", "seed": 1.5}, "seed"),
     ({"prompt": "a", "size": "512x512"}, "size"),
     ({"prompt": "a", "response_format": "url"}, "response_format"),
-    ({"prompt": "a", "stream": True}, "stream"),
+    ({"prompt": "a", "stream": "yes"}, "stream"),
     ({"prompt": "a", "quality": "hd"}, "quality"),
     ({"prompt": "a", "steps": 3}, "steps"),
     ({"prompt": "a", "model": "expert-2"}, "model"),
@@ -137,31 +158,49 @@ BAD: list[tuple[Any, str | None]] = [
 
 @pytest.mark.parametrize(("body", "param"), BAD)
 def test_bad_bodies_are_refused_in_the_error_shape(client: httpx.Client, body: Any, param: str | None) -> None:
-    answer = client.post(URL, json=body)
+    answer = client.post(URL, content=json.dumps(body), headers=JSON)
     assert answer.status_code == (404 if param == "model" else 400)
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] == param and error["type"] == "invalid_request_error" and error["message"] and error["code"]
+    assert error["param"] == param or error["code"] == "unknown_parameter"
+    assert error["type"] == "invalid_request_error" and error["message"] and error["code"]
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "content", "status"),
+    ("method", "path", "content", "headers", "status"),
     [
-        ("POST", URL, b"{not json", 400),
-        ("POST", URL, b'{"prompt": "a", "guidance_scale": NaN}', 400),
-        ("POST", URL, b"[" * 100_000, 400),
-        ("POST", URL, b'"' + b"a" * (5 << 20) + b'"', 413),
-        ("POST", "/v1/route", b'{"prompts": []}', 400),
-        ("POST", "/v1/route", b'{"prompts": ["a", 3]}', 400),
-        ("POST", "/v1/route", b'{"prompts": "a"}', 400),
-        ("GET", "/v1/images", b"", 404),
-        ("GET", URL, b"", 405),
+        ("POST", URL, b"{not json", JSON, 400),
+        ("POST", URL, b"", JSON, 400),
+        ("POST", URL, b'{"prompt": "a", "guidance_scale": NaN}', JSON, 400),
+        ("POST", URL, b'{"prompt": "a", "guidance_scale": 1e999}', JSON, 400),
+        ("POST", URL, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", JSON, 400),
+        ("POST", URL, b'{"prompt": "a", "seed": ' + b"9" * 400 + b"}", JSON, 400),
+        ("POST", URL, b'{"prompt": "\xff\xfe"}', JSON, 400),
+        ("POST", URL, '{"prompt": "a"}'.encode("utf-16"), JSON, 400),
+        ("POST", URL, b"[" * 100_000, JSON, 400),
+        ("POST", URL, b'{"prompt":' * 50_000, JSON, 400),
+        ("POST", URL, b'"' + b"a" * (5 << 20) + b'"', JSON, 413),
+        ("POST", URL, b'{"prompt": "a"}', {}, 415),
+        ("POST", URL, b"prompt=a", {"content-type": "application/x-www-form-urlencoded"}, 415),
+        ("POST", URL, b'{"prompt": "a"}', JSON | {"x-request-timeout": "soon"}, 400),
+        ("POST", URL, b'{"prompt": "a"}', JSON | {"x-request-timeout": "nan"}, 400),
+        ("POST", URL, b'{"prompt": "a"}', JSON | {"x-request-timeout": "-1"}, 400),
+        ("POST", "/v1/route", b'{"prompts": []}', JSON, 400),
+        ("POST", "/v1/route", b'{"prompts": ["a", 3]}', JSON, 400),
+        ("POST", "/v1/route", b'{"prompts": "a"}', JSON, 400),
+        ("POST", "/v1/route", json.dumps({"prompts": ["a"] * 1025}).encode(), JSON, 400),
+        ("GET", "/v1/images", b"", {}, 404),
+        ("GET", "/web/../protocol.py", b"", {}, 404),
+        ("GET", "/web/%2e%2e%2fprotocol.py", b"", {}, 404),
+        ("GET", "/v1/images/files/0123.png", b"", {}, 404),
+        ("GET", URL, b"", {}, 405),
+        ("DELETE", "/v1/models", b"", {}, 405),
     ],
 )
 def test_bad_requests_are_refused_in_the_error_shape(
-    client: httpx.Client, method: str, path: str, content: bytes, status: int
+    client: httpx.Client, method: str, path: str, content: bytes, headers: dict[str, str], status: int
 ) -> None:
-    answer = client.request(method, path, content=content)
+    answer = client.request(method, path, content=content, headers=headers)
     assert answer.status_code == status, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 

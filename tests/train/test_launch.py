@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aptp_ray.artifacts import RunDir
-from aptp_ray.config import parse_config
+from aptp_ray.config import Config, Loop, parse_config
 from aptp_ray.train import launch as module
+from aptp_ray.train.feed import Ranges
+
+
+class Reader:
+    num_rows, groups = 8, (8,)
+
+    def stream(self, requests: Iterable[Ranges], *, share: int = 1) -> Generator[dict[str, np.ndarray], None, None]:
+        yield from ({"x": np.zeros(len(list(ranges)))} for ranges in requests)
+
+
+def make_config(run: RunDir) -> Config:
+    return parse_config(
+        {
+            "run_dir": run.uri,
+            "data": {
+                "source": {
+                    "kind": "webdataset",
+                    "train": "a.tar",
+                    "validation": "b.tar",
+                    "storage_options": {"secret": "hunter2"},
+                }
+            },
+            "teacher": {"source": "somewhere"},
+            "storage_options": {"secret": "hunter2"},
+        }
+    )
 
 
 def test_ray_train_is_shown_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Train keeps a run's settings as text for its dashboard."""
     run = RunDir(str(tmp_path))
-    config = parse_config(
-        {
-            "run_dir": run.uri,
-            "data": {"source": {"kind": "openmoji", "storage_options": {"secret": "hunter2"}}},
-            "teacher": {"source": "somewhere"},
-            "storage_options": {"secret": "hunter2"},
-        }
-    )
+    config, reader = make_config(run), Reader()
     given: dict[str, Any] = {}
 
     class Trainer:
@@ -33,8 +54,13 @@ def test_ray_train_is_shown_no_secret(tmp_path: Path, monkeypatch: pytest.Monkey
             module.record_outcome(run, "prune", {"steps": 1})
 
     monkeypatch.setattr(module, "TorchTrainer", Trainer)
-    outcome = module.launch(
-        lambda settings: None, config=config, run=run, name="prune", loop=config.prune.loop, datasets={}, total_rows=1
-    )
-    assert outcome == {"steps": 1} and given["run_uri"] == run.uri
+    outcome = module.launch(lambda settings: None, config=config, run=run, name="prune", loop=config.prune.loop, rows=reader)
+    assert outcome == {"steps": 1} and given["run_uri"] == run.uri and given["rows"] is reader
     assert "hunter2" not in str(given) and given["config"].storage_options == {"secret": "hunter2"}
+
+
+def test_work_that_cannot_be_shared_evenly_is_refused_before_workers_start(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    loop = Loop(global_batch_size=32, workers=3)
+    with pytest.raises(ValueError, match="3 workers of prune do not divide"):
+        module.launch(lambda settings: None, config=make_config(run), run=run, name="prune", loop=loop, rows=Reader())

@@ -1,0 +1,89 @@
+"""Running a UNet and looking into it: its call in its own precision, what its blocks put out, and its compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+
+class BlockRecorder:
+    """Records the outputs of each down block, the mid block and each up block of a UNet, in forward order.
+
+    The hooks stay, and put what they see into one list for good: a compiled UNet has traced them, and would not notice
+    others that come later.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        """Puts the hooks on `unet`."""
+        self._outputs: list[Tensor] = []
+        blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
+        self._handles = [
+            unet.register_forward_pre_hook(self._clear), *(block.register_forward_hook(self._record) for block in blocks)
+        ]  # fmt: skip
+
+    def take(self) -> list[Tensor]:
+        """The latest forward's tensors [batch, channels, height, width], part of its graph; lets go of them."""
+        taken = list(self._outputs)
+        self._outputs.clear()
+        return taken
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _clear(self, *_: Any) -> None:
+        self._outputs.clear()
+
+    def _record(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        # A down block returns its hidden states and the skips.
+        self._outputs.append(output[0] if isinstance(output, tuple) else output)
+
+
+@contextmanager
+def capture_blocks(unet: UNet2DConditionModel) -> Iterator[BlockRecorder]:
+    """A recorder for the time of the block; not for a UNet that is compiled already."""
+    recorder = BlockRecorder(unet)
+    try:
+        yield recorder
+    finally:
+        recorder.remove()
+
+
+def run_unet(unet: Any, sample: Tensor, timesteps: Tensor, text_states: Tensor, text_mask: Tensor | None) -> Tensor:
+    """Calls a UNet, stock, pruned or gated, in its own precision.
+
+    Args:
+        unet: UNet2DConditionModel, PrunedUNet2DConditionModel or GatedUNet.
+        sample: [batch, channels, height, width].
+        timesteps: [batch].
+        text_states: [batch, tokens, text_dim].
+        text_mask: bool [batch, tokens] of real tokens, or None.
+
+    Returns:
+        [batch, channels, height, width].
+    """
+    dtype = unet.dtype
+    # diffusers turns `encoder_attention_mask` into a bias, (1 - mask) * -10000, so None and all ones are the same.
+    return unet(
+        sample.to(dtype), timesteps, encoder_hidden_states=text_states.to(dtype), encoder_attention_mask=text_mask
+    ).sample
+
+
+def compile_unet(unet: UNet2DConditionModel, **options: Any) -> UNet2DConditionModel:
+    """Compiles a UNet's forward, in place: class, state dict and files stay as they are.
+
+    The hooks on the UNet as a whole, which hand a GatedUNet's masks to those inside, stay outside of the graph; all hooks
+    inside have to be there already: wrap the UNet in a GatedUNet and give it to its objective first.
+
+    Args:
+        unet: stock or pruned, gated or not.
+        **options: of `torch.compile`.
+    """
+    unet.forward = torch.compile(unet.forward, **options)  # type: ignore[method-assign]
+    return unet

@@ -1,0 +1,28 @@
+"""Measures one room of the house against a baseline in the same run, and prints the ratios as its last line (JSON).
+
+    python jobs/benchmark.py data      encoding against the bare encoders, reading against training, memory, faults
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from importlib import import_module
+
+from cli import errors_on_one_line, finish, say
+
+TOPICS = ("data",)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("topic", choices=TOPICS)
+    options = arguments.parse_args()
+    begun = time.monotonic()
+    with errors_on_one_line():
+        figures = import_module(f"benchmarks.{options.topic}").measure(say)
+    finish({"stage": f"benchmark {options.topic}", "seconds": round(time.monotonic() - begun, 1), **figures})
+
+
+if __name__ == "__main__":
+    main()
