@@ -218,7 +218,7 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         problems = "; ".join(
-            f"{_key(item['loc']) or 'config'}: {item['msg']}{_given(item)}" for item in error.errors()
+            f"{_key(item['loc']) or 'config'}: {_message(item)}{_given(item)}" for item in error.errors()
         )
         raise ConfigError(f"{origin}: {problems}") from error
 
@@ -230,10 +230,16 @@ def _key(place: tuple[str | int, ...]) -> str:
     return ".".join(str(part) for part in place)
 
 
+def _message(item: Any) -> str:
+    if item["type"] == "union_tag_not_found":
+        return "no kind is given: add one, e.g. kind: webdataset (or conceptual_captions, coco, huggingface, image_folder)"
+    return str(item["msg"])
+
+
 def _given(item: Any) -> str:
     """The refused value, unless it may hold a secret: a misspelled ``storage_options`` holds them, too."""
     value = item["input"]
-    if item["type"] in {"missing", "value_error", "extra_forbidden"} or "storage_options" in item["loc"]:
+    if item["type"] in {"missing", "value_error", "extra_forbidden", "union_tag_not_found"} or "storage_options" in item["loc"]:
         return ""
     return f" (got a {type(value).__name__})" if isinstance(value, dict | list) else f" (got {value!r})"
 

@@ -73,7 +73,7 @@ class Loop(Section):
     log_every_steps: Annotated[Positive, HOW] = 10
     accumulation: Positive = Field(1, description="passes into which a worker's share of the global batch is cut, to save memory")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass, to save memory")
-    channels_last: bool = Field(False, description="memory format of the UNet: faster on tensor cores, slower on CPUs")
+    channels_last: bool = Field(False, description="memory format of the model: faster on tensor cores, slower on CPUs")
     compile: bool = Field(False, description="torch.compile the UNet that is trained; the first steps then take minutes")
     checkpoint_every_steps: Annotated[Positive, HOW] = 500
     checkpoint_every_minutes: Annotated[float | None, HOW] = Field(
@@ -249,6 +249,12 @@ class VaeTraining(Section):
     encoder_images: Positive = Field(2048, description="of which the encoder's principal components are taken")
     whitening: float = Field(0.5, ge=0.0, le=1.0, description="power of a component's deviation that it is divided by")
     gradient_weight: float = Field(0.5, ge=0.0, description="of the L1 distance between image gradients")
+
+    @model_validator(mode="after")
+    def _only_unets_are_compiled(self) -> VaeTraining:
+        if self.loop.compile:
+            raise ValueError("teacher.vae.loop.compile: only a UNet is compiled; leave it false")
+        return self
 
 
 class UNetTraining(Section):

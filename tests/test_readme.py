@@ -9,10 +9,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 
-from aptp_ray.config import load_config
+from aptp_ray.config import load_config, parse_config
+from aptp_ray.sections import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +52,17 @@ def test_every_job_and_config_of_readme_is_there(words: list[str]) -> None:
     for word in words[1:]:
         if word.endswith(".yaml"):
             load_config(ROOT / word)
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", README, re.S), ids=lambda text: text.splitlines()[0][2:32])
+def test_every_layout_of_readme_is_a_config(text: str) -> None:
+    config = parse_config(yaml.safe_load(text) | {"run_dir": "runs/x", "teacher": {"source": "somewhere"}})
+    assert config.data.source.kind in text
+
+
+def test_readme_shows_every_layout() -> None:
+    kinds = {kind.model_fields["kind"].annotation.__args__[0] for kind in get_args(get_args(Source)[0])}
+    assert kinds - {"openmoji"} == set(re.findall(r"kind: (\w+)", README))
 
 
 def test_every_picture_and_file_of_readme_is_there() -> None:

@@ -15,11 +15,13 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+import rows
 import serve
 import stages
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, ConfigError, parse_config
 from aptp_ray.data.encoder import EncoderSpec, describe
+from aptp_ray.data.rows import Framing
 from aptp_ray.encoding import EncodingError
 
 SPLITS = {"encoded": ("train", "validation"), "assigned": ("expert=0", "expert=1")}
@@ -42,11 +44,12 @@ def _guarded() -> None:
     fsspec.register_implementation("guarded", Guarded, clobber=True)
 
 
-def make_config(run: str, encoder: str = "unused", **source: Any) -> Config:
+def make_config(run: str, encoder: str = "unused", source: dict[str, Any] | None = None, **options: Any) -> Config:
+    webdataset = {"kind": "webdataset", "train": "guarded://shards/*.tar", "validation": "guarded://shards/*.tar"}
     return parse_config(
         {
             "run_dir": run,
-            "data": {"source": {"train": "a.tar", "validation": "b.tar"} | source, "resolution": 16},
+            "data": {"source": source or webdataset | options, "resolution": 16},
             "teacher": {"source": "somewhere"},
             "router": {"experts": 2, "prompt_encoder": encoder},
         }
@@ -57,19 +60,18 @@ def test_shards_are_read_with_the_options_of_their_own_store(tmp_path: Path, mon
     monkeypatch.setenv("GUARDED_KEY", "right")
     run = RunDir(str(tmp_path))
     config = make_config(run.uri, storage_options={"key": "env:GUARDED_KEY"})
-    # Past the key, there are no shards; both are found before Ray Data starts.
-    with pytest.raises(ConfigError, match="no shard matches"):
-        stages.usable_images("guarded://shards/*.tar", stages.shard_options(config, run))
-    with pytest.raises(ConfigError, match="no shard matches"):
-        stages.encode(config, run, "guarded://shards/*.tar", ("encoded", "train"), "unused")
-    with pytest.raises(PermissionError):
-        stages.usable_images("guarded://shards/*.tar", stages.shard_options(make_config(run.uri), run))
+    # Past the key, there are no shards: found before any work starts.
+    with pytest.raises(ConfigError, match="guarded://shards/"):
+        rows.layout_of(config, run, "train").units()
+    with pytest.raises(ConfigError, match="storage_options|wrong key"):
+        rows.layout_of(make_config(run.uri), run, "train").units()
 
 
 def test_the_demos_shards_lie_in_the_run_directory() -> None:
     run = RunDir("guarded://run", {"key": "right"})
-    drawn = make_config(run.uri, kind="openmoji", storage_options={"key": "wrong"})
-    assert stages.shard_options(drawn, run) == {"key": "right"}
+    drawn = make_config(run.uri, source={"kind": "openmoji", "train_images": 4, "validation_images": 2, "images_per_shard": 2})
+    units = rows.layout_of(drawn, run, "train").units()
+    assert [unit.name for unit in units] == [f"guarded://run/shards/train/0000{number}.tar" for number in (0, 1)]
 
 
 def write_encoder(folder: Path, seed: int, max_tokens: int = 12) -> str:
@@ -91,7 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(encoder, teacher / "tokenizer", ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
     (teacher / "vae").mkdir()
     (teacher / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8], "latent_channels": 4}))
-    encoding = describe(EncoderSpec(str(teacher), str(encoder)), 16).to_json()
+    encoding = describe(EncoderSpec(str(teacher), str(encoder)), Framing(16)).to_json()
     for name, splits in SPLITS.items():
         RunDir(str(folder / "run")).write_json(encoding | {"splits": dict.fromkeys(splits, {})}, name, "encoding.json")
     return folder

@@ -64,6 +64,12 @@ class FinetuneObjective(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
         self.prediction_type, self.gamma, self.normalise_blocks = prediction_type, gamma, normalise_blocks
 
+    def release(self) -> None:
+        """Takes what records block outputs off student and teacher, for another objective of theirs; this one is done."""
+        for recorder in (self._student_blocks, self._teacher_blocks):
+            if recorder is not None:
+                recorder.remove()
+
     def train(self, mode: bool = True) -> FinetuneObjective:
         """Trains the student only: the teacher's dropout stays off."""
         super().train(mode)

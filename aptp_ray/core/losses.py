@@ -183,13 +183,8 @@ def match_losses(
 
 
 def prune_losses(
+    matches: dict[str, Tensor],
     *,
-    model_output: Tensor,
-    teacher_output: Tensor,
-    target: Tensor,
-    snr_weight: Tensor,
-    student_blocks: Sequence[Tensor],
-    teacher_blocks: Sequence[Tensor],
     ratios: Tensor,
     budget: float,
     z: Tensor,
@@ -198,17 +193,11 @@ def prune_losses(
     temperature: float = 0.03,
     contrastive_form: ContrastiveForm = "softmax",
     contrastive_diagonal: bool = False,
-    normalise_blocks: bool = True,
 ) -> dict[str, Tensor]:
     """All losses of the prune stage, by the names in `PRUNE_LOSSES`.
 
     Args:
-        model_output: [b, ...] of the UNet under masks; this and the next five hold a rank's own rows.
-        teacher_output: [b, ...].
-        target: [b, ...].
-        snr_weight: [b].
-        student_blocks: block outputs under masks.
-        teacher_blocks: block outputs of the teacher.
+        matches: what `match_losses` gives of a rank's own rows, run under masks.
         ratios: [B] MACs ratio of each prompt's architecture; this and the rest are of the joined batch.
         budget: target of the mean ratio.
         z: [B, z_dim] prompt embeddings.
@@ -217,16 +206,11 @@ def prune_losses(
         temperature: of the contrastive loss.
         contrastive_form: likewise.
         contrastive_diagonal: likewise.
-        normalise_blocks: see `match_losses`.
     """
-    losses = match_losses(
-        model_output=model_output, target=target, snr_weight=snr_weight, teacher_output=teacher_output,
-        student_blocks=student_blocks, teacher_blocks=teacher_blocks, normalise_blocks=normalise_blocks,
-    )  # fmt: skip
     # The root's gradient at no variance at all (one code) would be 0 / 0.
     std = (ratios.var(correction=0) + 1e-12).sqrt()
     commitment = features.new_zeros(()) if code_features is None else (1 - (features * code_features).sum(1)).mean()
-    return losses | {
+    return matches | {
         "resource": (ratios.mean() / budget).log().abs().float(),
         "contrastive": contrastive_loss(
             features, z, temperature=temperature, form=contrastive_form, diagonal=contrastive_diagonal

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aptp_ray.core.code_router import CodeRouter
 from aptp_ray.core.collapse import embedding_spread, perplexity
@@ -21,6 +21,7 @@ from aptp_ray.core.losses import (
     PredictionType,
     add_noise,
     check_prediction_type,
+    match_losses,
     min_snr_weights,
     prediction_target,
     prune_losses,
@@ -28,7 +29,7 @@ from aptp_ray.core.losses import (
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.relaxation import relax, straight_through
 from aptp_ray.core.running import BlockRecorder, run_unet
-from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, prefer_lowest
+from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, own_rows, prefer_lowest
 
 Phase = Literal["warmup", "codes"]
 
@@ -66,6 +67,7 @@ class PruneObjective(nn.Module):
         noise_per: Literal["code", "sample"] = "code",
         noisy_similarity: bool = False,
         normalise_blocks: bool = True,
+        chunks: int = 1,
     ) -> None:
         """Freezes the UNet.
 
@@ -87,6 +89,8 @@ class PruneObjective(nn.Module):
             noise_per: one Gumbel draw for each code or for each sample.
             noisy_similarity: whether codes are compared under this step's noise (needs `noise_per="code"`).
             normalise_blocks: see `match_losses`.
+            chunks: parts in which the UNets run, one after the other; more than one keep no activations but recompute them
+                in the backward pass. Losses that compare prompts need the whole batch, so it cannot be cut further out.
 
         Raises:
             ValueError: a budget outside (floor, 1], or switches that exclude one another.
@@ -110,6 +114,7 @@ class PruneObjective(nn.Module):
         }
         self.unet_masks, self.resource_masks = unet_masks, resource_masks
         self.noise_per, self.noisy_similarity, self.normalise_blocks = noise_per, noisy_similarity, normalise_blocks
+        self.chunks = chunks
 
     def train(self, mode: bool = True) -> PruneObjective:
         """Trains the router only: the teacher's dropout stays off."""
@@ -154,21 +159,22 @@ class PruneObjective(nn.Module):
         # Logits, masks and MACs need more than half precision: a code's ratios differ in the fourth digit.
         with torch.autocast(latents.device.type, enabled=False):
             z_all, e_all = gather_rows(z.float()), gather_rows(self.router.embed(z.float()))  # [B, ...]
+            own = own_rows(z)
             if self.training:
                 self.router.update_means(e_all.detach())
             uncentred = self.router.features(e_all)  # [B, dim]
             features = self.router.centred(uncentred, self.router.mean_embedding)
             if phase == "warmup":
-                masks, ratios = self._own_masks(e_all[_own_rows(len(latents))], gumbel_noise)
+                masks, ratios = self._own_masks(e_all[own], gumbel_noise)
                 code_features, stats = None, dict[str, Any]()
             else:
-                masks, ratios, code_features, stats = self._code_masks(e_all, gumbel_noise, len(latents))
+                masks, ratios, code_features, stats = self._code_masks(e_all, gumbel_noise, own)
 
-        arguments = self._run_unets(latents, noise, timesteps, text_states, text_mask, masks)
+        matches = self._match(latents, noise, timesteps, text_states, text_mask, masks)
         with torch.autocast(latents.device.type, enabled=False):
             losses = prune_losses(
-                **arguments, ratios=ratios, budget=self.budget, z=z_all, features=features,
-                code_features=code_features, normalise_blocks=self.normalise_blocks, **self.contrastive,
+                matches, ratios=ratios, budget=self.budget, z=z_all, features=features,
+                code_features=code_features, **self.contrastive,
             )  # fmt: skip
             # DDP waits for a gradient of every parameter, and codes have none in the warm-up.
             losses["denoising"] = losses["denoising"] + 0 * self.router.codes.sum()
@@ -182,14 +188,14 @@ class PruneObjective(nn.Module):
         return (hard if self.unet_masks == "hard" else soft), gather_rows(self._ratio(soft, hard))
 
     def _code_masks(
-        self, e_all: Tensor, noise: Tensor, rows: int
+        self, e_all: Tensor, noise: Tensor, rows: slice
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """Assigns the joined batch; this rank's masks [b, dim], all ratios [B], all code features [B, dim]."""
         router = self.router
         similarity = router.similarity(e_all.detach(), noise=noise if self.noisy_similarity else None).detach()
         # Every rank has the same rows and computes the same plan.
         assignment = balanced_assignment(similarity, epsilon=self.assignment_epsilon, relative=self.relative_epsilon)
-        index, own = assignment.index, assignment.index[_own_rows(rows)]
+        index, own = assignment.index, assignment.index[rows]
         stats = self._assignment_stats(assignment, similarity)
         if self.noise_per == "code":
             soft, hard = self._masks(router.codes, noise)
@@ -228,7 +234,21 @@ class PruneObjective(nn.Module):
             "agreement": float((routed == assignment.index).double().mean()),
         }
 
-    def _run_unets(
+    def _match(self, *inputs: Any) -> dict[str, Tensor]:
+        """`denoising`, `distillation` and `block` of this rank's rows, [b, ...] each: the UNets' part, in `chunks`."""
+        rows = len(inputs[0])
+        count = min(self.chunks, rows)
+        losses: dict[str, Tensor] = {}
+        for index in range(count):
+            part = slice(index * rows // count, (index + 1) * rows // count)
+            rows_of: list[Any] = [None if x is None else x[part] for x in inputs]
+            found = self._match_rows(*rows_of, recompute=count > 1)
+            for name, value in found.items():
+                share = (part.stop - part.start) / rows * value
+                losses[name] = losses[name] + share if name in losses else share
+        return losses
+
+    def _match_rows(
         self,
         latents: Tensor,
         noise: Tensor,
@@ -236,22 +256,31 @@ class PruneObjective(nn.Module):
         text_states: Tensor,
         text_mask: Tensor | None,
         masks: Tensor,
-    ) -> dict[str, Any]:
+        *,
+        recompute: bool,
+    ) -> dict[str, Tensor]:
         noised = add_noise(self.alphas_cumprod, latents, noise, timesteps)
         inputs = (noised, timesteps, text_states, text_mask)
         # Not in inference mode: autocast keeps the cast weights of this first pass for the second, which needs a graph.
         with torch.no_grad():
             teacher_output, teacher_blocks = run_unet(self.gated, *inputs), self._blocks.take()
-        with self.gated.use(masks):
-            model_output, student_blocks = run_unet(self.gated, *inputs), self._blocks.take()
-        return {
-            "model_output": model_output,
-            "teacher_output": teacher_output,
-            "target": prediction_target(self.alphas_cumprod, latents, noise, timesteps, self.prediction_type),
-            "snr_weight": min_snr_weights(self.alphas_cumprod, timesteps, self.gamma, self.prediction_type),
-            "student_blocks": student_blocks,
-            "teacher_blocks": teacher_blocks,
-        }
+
+        def masked(masks: Tensor) -> dict[str, Tensor]:
+            # Masks come as an argument: what is recomputed in the backward pass, after `use` has ended, runs under them too.
+            with self.gated.use(masks):
+                model_output, student_blocks = run_unet(self.gated, *inputs), self._blocks.take()
+            with torch.autocast(latents.device.type, enabled=False):
+                return match_losses(
+                    model_output=model_output,
+                    target=prediction_target(self.alphas_cumprod, latents, noise, timesteps, self.prediction_type),
+                    snr_weight=min_snr_weights(self.alphas_cumprod, timesteps, self.gamma, self.prediction_type),
+                    teacher_output=teacher_output,
+                    student_blocks=student_blocks,
+                    teacher_blocks=teacher_blocks,
+                    normalise_blocks=self.normalise_blocks,
+                )
+
+        return checkpoint(masked, masks, use_reentrant=False) if recompute else masked(masks)
 
     def _check_noise(self, noise: Tensor, phase: Phase, rows: int) -> None:
         per_sample = phase == "warmup" or self.noise_per == "sample"
@@ -280,9 +309,3 @@ def _check_choices(
             raise ValueError(f"unknown {name} {value!r}; one of {', '.join(map(repr, allowed))}")
     if noisy_similarity and noise_per != "code":
         raise ValueError("noisy_similarity compares codes under their own noise; it needs noise_per='code'")
-
-
-def _own_rows(rows: int) -> slice:
-    """Where this rank's rows lie in what `gather_rows` returns."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return slice(rank * rows, (rank + 1) * rows)

@@ -147,41 +147,56 @@ def cluster_prompts(
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Stacks the ranks' rows in rank order: [B, ...] -> [world * B, ...]; the identity without a process group.
+    """Stacks the ranks' rows in rank order: [b, ...] -> [B, ...], B the sum of all b; the identity without a process group.
 
     The backward pass sums the gradients that all ranks computed for a row and hands them to the row's owner. Losses
     that every rank computes on the joined batch therefore get, under DistributedDataParallel's *mean* over ranks,
-    exactly the gradient that one process would compute on that batch.
-
-    Raises:
-        ValueError: ranks hold different numbers of rows (feed every rank batches of one size).
+    exactly the gradient that one process would compute on that batch. Ranks may hold different numbers of rows; a rank's
+    total loss then counts `b * world / B` times (means over its own rows, too, become those over all rows).
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _in_group():
         return x
-    return _GatherRows.apply(x)  # type: ignore[no-any-return]
+    return _GatherRows.apply(x, rows_of_ranks(x))  # type: ignore[no-any-return]
+
+
+def rows_of_ranks(x: Tensor) -> list[int]:
+    """How many rows each rank holds, in rank order."""
+    if not _in_group():
+        return [len(x)]
+    mine = torch.tensor([len(x)], device=x.device)
+    counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, mine)
+    return [int(count) for count in counts]
+
+
+def own_rows(x: Tensor) -> slice:
+    """Where this rank's rows lie in what `gather_rows` makes of `x`."""
+    if not _in_group():
+        return slice(0, len(x))
+    begin = sum(rows_of_ranks(x)[: dist.get_rank()])
+    return slice(begin, begin + len(x))
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        world = dist.get_world_size()
-        rows = torch.tensor([x.shape[0]], device=x.device)
-        counts = [torch.zeros_like(rows) for _ in range(world)]
-        dist.all_gather(counts, rows)
-        sizes = [int(count) for count in counts]
-        if len(set(sizes)) > 1:
-            # An all_gather of unequal rows would hang or return garbage, depending on the backend.
-            raise ValueError(f"ranks hold {sizes} rows; every rank needs batches of one size (drop the last batch)")
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
-        dist.all_gather(parts, x.contiguous())
-        ctx.start, ctx.rows = dist.get_rank() * x.shape[0], x.shape[0]
-        return torch.cat(parts)
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
+        rank, most = dist.get_rank(), max(sizes)
+        # An all_gather of unequal tensors would hang or return garbage, depending on the backend: all send as many rows.
+        sent = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]).contiguous()
+        parts = [torch.empty_like(sent) for _ in sizes]
+        dist.all_gather(parts, sent)
+        ctx.start, ctx.rows = sum(sizes[:rank]), sizes[rank]
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad[ctx.start : ctx.start + ctx.rows]
+        return grad[ctx.start : ctx.start + ctx.rows], None
 
 
 def _target_shares(shares: Tensor | None, num_codes: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 from aptp_ray.config import ConfigError
 from aptp_ray.data.access import Unreachable, address_of, patiently, version_of
+from aptp_ray.data.layout import one_line
 from aptp_ray.storage import file_system
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -89,6 +90,8 @@ def _matches(part: str, storage_options: dict[str, Any]) -> list[Found]:
         fs, path = file_system(part, storage_options)
     except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
         raise ConfigError(f"cannot open {part!r}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot open {part!r} ({one_line(error)}): check data.source.storage_options") from error
     if any(sign in path for sign in "*?["):
         infos = patiently(lambda: fs.glob(path, detail=True))
         return [

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aptp_ray.data.access import SEEK_BLOCK, STREAM_BLOCK, SteadyStream, Unreachable, read_range
+from aptp_ray.data.access import SEEK_BLOCK, STREAM_BLOCK, SteadyStream, Unreachable, ahead, read_range
 from aptp_ray.data.archive import HEAD_BYTES, MAX_MEMBER, Damage, Tape, Walk
 from aptp_ray.data.decode import Unusable, decode_caption, decode_image, good_captions, utf8
 from aptp_ray.data.layout import Limits, Unit, once, rejected, unreachable, usable
@@ -39,6 +39,17 @@ class WebDatasetLayout:
         return [
             Unit(index, name=file.address, version=file.version or "", address=file.address) for index, file in enumerate(files)
         ]
+
+    def promised_rows(self) -> int | None:
+        """Sums what img2dataset's ``<shard>_stats.json`` files say; None if a shard has none."""
+
+        def successes(unit: Unit) -> int:
+            return int(json.loads(read_range(f"{unit.address.rsplit('.', 1)[0]}_stats.json", self.storage_options))["successes"])
+
+        try:
+            return sum(outcome.result() for _, outcome in ahead(self.units(), successes))
+        except (Unreachable, OSError, ValueError, KeyError, TypeError):
+            return None
 
     def read(self, unit: Unit, positions: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """See :class:`~aptp_ray.data.layout.Layout`."""

@@ -154,6 +154,8 @@ class Dispatcher:
                     }
                     known = [a["step_ms"] for a in answers if a["step_ms"]]
                     self._step_ms[expert] = max(known, default=self._step_ms[expert])
+                else:  # it is idle, or starts: nothing is spilled to it
+                    self._seen[expert] = {"replicas": 0}
             await asyncio.sleep(_STATUS_PERIOD_S)
 
     def _count(self, expert: int, images: int) -> None:
@@ -260,7 +262,10 @@ class Dispatcher:
             self._detached(self._cancel(expert, ticket.attempt))
 
     async def _cancel(self, expert: int, name: str) -> None:
-        await self._experts[expert].broadcast("cancel", [name]).results_async(timeout_s=30, return_exceptions=True)
+        try:
+            await self._experts[expert].broadcast("cancel", [name]).results_async(timeout_s=30, return_exceptions=True)
+        except (TimeoutError, RayServeException) as error:  # a job whose replica is gone needs no cancelling
+            logger.warning("%s did not hear that a client left: %s", self._models[expert], type(error).__name__)
 
     def _detached(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs ``work`` outside of any request's context: Serve cancels a request's calls when its client leaves."""
@@ -274,6 +279,6 @@ async def ask(handle: DeploymentHandle, timeout_s: float) -> list[Any]:
     """Returns the status of every replica that answers; a broadcast passes the queues, so a busy expert answers, too."""
     try:
         answers = await handle.broadcast("status").results_async(timeout_s=timeout_s, return_exceptions=True)
-    except TimeoutError:
+    except (TimeoutError, RayServeException):  # Serve raises the latter where no replica runs
         return []
     return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from aptp_ray.artifacts import load_run
 from aptp_ray.config import UserError
@@ -91,7 +92,10 @@ def describe(run_dir: str, *, storage_options: dict[str, Any] | None = None, opt
         + ("keys needed" if chosen.api_keys else "open to all who reach it")
     ]
     for number, model in enumerate(catalog.models[1:]):
-        answers = serve.get_deployment_handle(model, APP_NAME).broadcast("status").results(timeout_s=_STATUS_TIMEOUT_S)
+        try:
+            answers = serve.get_deployment_handle(model, APP_NAME).broadcast("status").results(timeout_s=_STATUS_TIMEOUT_S)
+        except RayServeException:  # no replica runs
+            answers = []
         memory = ", ".join(f"{answer['memory_mb']:.0f} MB" for answer in answers) or "no replica until a prompt comes"
         lines.append(f"  {model}: {catalog.macs_ratio(number):.3f} of the teacher's MACs; {memory}")
     return "\n".join(lines)

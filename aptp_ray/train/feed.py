@@ -57,6 +57,7 @@ class Feed:
     beginning of the next, and no tail is dropped.
 
     Attributes:
+        mine: which rows of each global batch are this rank's.
         padding: rows of an epoch that are seen once more; fewer than there are lanes.
         epoch_rows: rows of an epoch, padding included.
     """
@@ -79,7 +80,7 @@ class Feed:
             reader: of the whole data.
             global_batch_size: rows of a global batch.
             rank: of this worker.
-            world_size: number of workers; must divide ``lanes``.
+            world_size: number of workers, at most ``lanes``; where it does not divide them, some ranks own one lane more.
             seed: of the order.
             window: rows that are held and permuted together, over all lanes and ranks.
             lanes: parts of the data; must divide ``global_batch_size``.
@@ -89,10 +90,10 @@ class Feed:
             ConfigError: if there are no rows.
             ValueError: if the sizes do not divide.
         """
-        if lanes % world_size or global_batch_size % lanes:
+        if world_size > lanes or global_batch_size % lanes:
             raise ValueError(
-                f"{world_size} workers must divide {lanes} lanes, and those a global batch of {global_batch_size}: see "
-                "Loop.check_division"
+                f"each of {world_size} workers needs one of {lanes} lanes, and those must divide a global batch of "
+                f"{global_batch_size}: see Loop.check_division"
             )
         if reader.num_rows < 1:
             raise ConfigError("the training data has no rows: was every row rejected? see encoded/rejected.parquet")
@@ -104,6 +105,7 @@ class Feed:
         edges = np.concatenate([[0], np.cumsum(np.asarray(reader.groups, dtype=np.int64))])
         limit = max(1, window // lanes)
         mine = range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
+        self.mine = slice(mine.start * self._rows_per_lane, mine.stop * self._rows_per_lane)
         self._lanes = [
             _Lane(
                 index=lane,

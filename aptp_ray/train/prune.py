@@ -25,6 +25,7 @@ from aptp_ray.core.prune_objective import PruneObjective
 from aptp_ray.core.randomness import keyed_generator
 from aptp_ray.core.relaxation import binarize, gumbel
 from aptp_ray.core.router import PromptRouter
+from aptp_ray.core.running import compile_unet
 from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
@@ -33,7 +34,7 @@ from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
 from aptp_ray.train.watch import CodeWatch
-from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of, tuned
 
 # Prompts of each split that the job hands in: on the training split's, codes part and the transport's duals are fitted; the
 # validation split's weigh the hardened codes.
@@ -56,7 +57,7 @@ def prune_worker(settings: dict[str, Any]) -> None:
     unet = UNet2DConditionModel.from_pretrained(teacher_dir, subfolder="unet")
     macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.text_shape[0])
     gated = GatedUNet(
-        fast_attention(unet, worker.place.device).to(worker.place.device), gate_placement=spec.gate_placement
+        tuned(fast_attention(unet, worker.place.device).to(worker.place.device), loop), gate_placement=spec.gate_placement
     )
     schedule = noise_schedule(teacher_dir)
     draws = Draws(loop.seed, "prune", loop.global_batch_size, encoding, len(schedule.alphas_cumprod))
@@ -87,13 +88,18 @@ def prune_worker(settings: dict[str, Any]) -> None:
         noise_per=spec.noise_per,
         noisy_similarity=spec.noisy_similarity,
         normalise_blocks=spec.normalise_blocks,
+        chunks=loop.accumulation,
     )
+    if loop.compile:
+        compile_unet(gated.unet)
     warmup = round(loop.steps * spec.warmup_fraction)
 
     def inputs(rows: dict[str, Any], step: int, mine: slice) -> dict[str, Any]:
         if step == warmup:  # codes part here; a run resumed later has them in its checkpoint
             router.initialise_codes(embeddings, generator=keyed_generator(loop.seed, "codes"))
-        in_warmup = step < warmup
+        return drawn(rows, step, mine, step < warmup)
+
+    def drawn(rows: dict[str, Any], step: int, mine: slice, in_warmup: bool) -> dict[str, Any]:
         generator = keyed_generator(loop.seed, "gumbel", step)
         per_sample = in_warmup or spec.noise_per == "sample"
         noise = gumbel((loop.global_batch_size if per_sample else router.num_codes, gated.space.dim), generator)
@@ -128,6 +134,8 @@ def prune_worker(settings: dict[str, Any]) -> None:
             {"params": [router.codes], "lr": spec.code_lr, "weight_decay": 0.0},
         ],
         inputs=inputs,
+        validation_inputs=lambda rows, index, mine, done: drawn(rows, -1 - index, mine, done <= warmup),
+        by_row=False,  # prompts are compared with one another; the objective cuts what can be cut
         decode=lambda rows: decode_encoded(rows, encoding, text_states),
         save=save_router,
         weights=spec.weights.model_dump(),

@@ -16,12 +16,13 @@ from aptp_ray.config import Config, ConfigError
 from aptp_ray.core.finetune_objective import FinetuneObjective
 from aptp_ray.core.pretraining import VaeObjective, solve_encoder
 from aptp_ray.core.randomness import key_seed, keyed_generator
+from aptp_ray.core.running import compile_unet
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import RowReader, Rows, first_rows
 from aptp_ray.train.loop import Parts
-from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of, tuned
 
 # -- the VAE -----------------------------------------------------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def vae_worker(settings: dict[str, Any]) -> None:
     assert spec is not None
     loop = spec.loop
     torch.manual_seed(key_seed(loop.seed, "vae", "init"))  # diffusers' modules draw their start from global state
-    vae = AutoencoderKL(**spec.model)
+    vae = tuned(AutoencoderKL(**spec.model), loop)
     whole = first_images(worker.rows, spec.encoder_images)
     solve_encoder(vae, whole, whitening=spec.whitening)
     side = spec.crop // 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -176,7 +177,7 @@ def unet_worker(settings: dict[str, Any]) -> None:
     assert spec is not None
     loop, folder = spec.loop, settings["pipeline_dir"]
     encoding = Encoding.from_json(settings["encoding"])
-    unet = fast_attention(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), worker.place.device)
+    unet = tuned(fast_attention(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), worker.place.device), loop)
     schedule = noise_schedule(folder)
     text_states = text_states_of(encoding, folder, worker.place.device)
     draws = Draws(
@@ -199,6 +200,8 @@ def unet_worker(settings: dict[str, Any]) -> None:
     objective = FinetuneObjective(
         unet, None, alphas_cumprod=schedule.alphas_cumprod, prediction_type=schedule.prediction_type, gamma=None
     )
+    if loop.compile:
+        compile_unet(unet)
     parts = Parts(
         module=objective,
         groups=[{"params": list(unet.parameters()), **loop.optimizer.rates()}],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,15 @@ class Worker:
     def start(cls, settings: dict[str, Any]) -> Worker:
         """Unpacks what ``launch`` sent, and sets this process up."""
         config: Config = settings["config"]
+        allow_tf32(config.compute.tf32)
         place = place_of_worker(config.compute.threads_per_worker)
         run = RunDir(settings["run_uri"], config.storage_options)
         return cls(config, run, settings["name"], settings["rows"], place, settings)
+
+    @property
+    def validation(self) -> RowReader | None:
+        """Held-out rows, where the job has handed some in."""
+        return self.settings.get("validation")
 
     def train(self, parts: Parts, loop: Loop) -> None:
         """Runs the loop and records the outcome."""
@@ -72,6 +80,7 @@ class Worker:
             tracker=tracker,
             label=self.name,
             peak_flops=self._peak_flops(loop),
+            validation=self.validation,
         )
 
     def _peak_flops(self, loop: Loop) -> float | None:
@@ -80,6 +89,33 @@ class Worker:
         if peak is None and device.type == "cuda":
             peak = known_peak_tflops(torch.cuda.get_device_name(device), loop.precision)
         return None if peak is None else 1e12 * peak * self.place.world_size
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Lets GPUs round the factors of float32 products to TensorFloat-32, or not; convolutions and matrix products alike."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Turns TensorFloat-32 off for the time of the block."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def tuned(unet: Any, loop: Loop) -> Any:
+    """Gives a UNet that is to be trained the memory format and the recomputation that its loop asks for; in place."""
+    if loop.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if loop.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
 
 
 def fast_attention(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:

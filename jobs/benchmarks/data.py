@@ -76,12 +76,13 @@ def bare_rate(config: Config, run: RunDir, rows: int = 1280) -> float:
     from dataclasses import replace
 
     from aptp_ray.data.encoder import Encoder
-    from aptp_ray.data.rows import framed_table
+    from aptp_ray.data.rows import cropped_table, framed
 
     layout, frame = layout_of(config, run, "train"), framing(config)
     samples = list(islice((row for unit in layout.units() for row in layout.read(unit)), rows))
     size = config.encode.batch_size
-    batches = [framed_table(samples[begin : begin + size], frame) for begin in range(0, rows, size)]
+    squares = [square for row in samples for square in framed(row, frame)]
+    batches = [cropped_table(squares[begin : begin + size]) for begin in range(0, rows, size)]
     encoder = Encoder(replace(encoder_spec(config, run.address("teacher")), threads=os.cpu_count() or 1))
     encoder(batches[0])
     begun = time.monotonic()
@@ -217,7 +218,7 @@ def memory(run: RunDir, folder: Path, say: Callable[[str], None]) -> dict[str, A
         name = f"rows_{rows}"
         multiply(run, name, rows)
         done = subprocess.run(
-            [sys.executable, __file__, run.uri, name], capture_output=True, text=True, check=True, env=os.environ | _PATHS
+            [sys.executable, __file__, run.uri, name], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | _PATHS
         )
         peaks[rows] = json.loads(done.stdout.splitlines()[-1])
         say(f"reader over {rows} rows: {peaks[rows]['peak_mb']:.0f} MB at its peak, {peaks[rows]['own_mb']:.0f} MB its own")
@@ -243,6 +244,9 @@ def multiply(run: RunDir, name: str, rows: int) -> None:
         os.link(source / old, target / new)
         files.append([new, count])
     (target / "index.json").write_text(json.dumps({"files": files}))
+    made_of = run.read_json("encoded", "encoding.json")
+    made_of["splits"][name] = {"rows": sum(count for _, count in files)}
+    run.write_json(made_of, "encoded", "encoding.json")
 
 
 def peak(uri: str, name: str) -> dict[str, float]:

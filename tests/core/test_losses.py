@@ -116,22 +116,22 @@ def test_match_losses_are_the_formulas() -> None:
 def test_prune_losses_on_ratios_and_codes() -> None:
     ratios = torch.tensor([0.4, 0.6, 0.8, 0.6], dtype=torch.float64, requires_grad=True)
     features = torch.nn.functional.normalize(randn(4, 7), dim=1)
-    common: dict[str, Any] = {
-        "model_output": randn(4, 2), "teacher_output": randn(4, 2), "target": randn(4, 2), "snr_weight": torch.ones(4),
-        "student_blocks": [], "teacher_blocks": [], "z": randn(4, 5), "features": features, "budget": 0.5,
-    }  # fmt: skip
-    losses = prune_losses(**common, ratios=ratios, code_features=features.flip(0))
+    matches = match_losses(
+        model_output=randn(4, 2), teacher_output=randn(4, 2), target=randn(4, 2), snr_weight=torch.ones(4)
+    )
+    common: dict[str, Any] = {"z": randn(4, 5), "features": features, "budget": 0.5}
+    losses = prune_losses(matches, **common, ratios=ratios, code_features=features.flip(0))
     assert tuple(losses) == PRUNE_LOSSES
     assert losses["resource"].item() == pytest.approx(abs(np.log(0.6 / 0.5)))
     assert losses["spread"].item() == pytest.approx(-np.std([0.4, 0.6, 0.8, 0.6]), rel=1e-5)
     assert losses["peak"].item() == pytest.approx(0.2)
     cosines = [float(features[i] @ features[3 - i]) for i in range(4)]
     assert losses["commitment"].item() == pytest.approx(1 - np.mean(cosines), rel=1e-5)
-    under = prune_losses(**common | {"budget": 0.75}, ratios=ratios)
+    under = prune_losses(matches, **common | {"budget": 0.75}, ratios=ratios)
     assert under["resource"].item() == pytest.approx(np.log(0.75 / 0.6)) and under["commitment"].item() == 0.0
     # One code: no spread at all, and still a finite gradient.
     single = torch.full((4,), 0.6, dtype=torch.float64, requires_grad=True)
-    prune_losses(**common, ratios=single)["spread"].backward()
+    prune_losses(matches, **common, ratios=single)["spread"].backward()
     assert single.grad is not None and single.grad.isfinite().all()
 
 

@@ -2,7 +2,7 @@
 
 Under DistributedDataParallel a gradient is the *mean* over ranks of each rank's own. `prune_losses` fits that in two ways:
 `denoising`, `distillation` and `block` are means over a rank's own rows, so that the mean over (equally large) ranks is the
-mean over all rows; the losses that compare prompts are computed on the joined batch by every rank alike, and `gather_rows`
+mean over all rows (of 8 rows, 3 ranks hold 2, 3 and 3, and a rank's losses count by its part); the losses that compare prompts are computed on the joined batch by every rank alike, and `gather_rows`
 hands each row's owner the sum of what all ranks found, world size times the gradient, which the mean makes right again.
 """
 
@@ -45,9 +45,11 @@ def step(case: tuple[str, dict[str, Any]], rank: int | None, world: int) -> dict
             if isinstance(value, Tensor) and (name != "gumbel_noise" or per_row):
                 batch[name] = value[mine]
         module = torch.nn.parallel.DistributedDataParallel(objective)
+    share = len(batch["z"]) * world / ROWS
     losses, stats = module(**batch)
     found: dict[str, Any] = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-    weighted_sum(losses, WEIGHTS).backward()
+    (share * weighted_sum(losses, WEIGHTS)).backward()
+    found["share"] = torch.tensor(share)
     router = objective.router
     found |= {f"gradient/{name}": p.grad for name, p in router.named_parameters() if p.grad is not None}
     found |= {"mean_embedding": router.mean_embedding, "potentials": router.potentials, "shares": objective.shares}
@@ -71,7 +73,8 @@ def single_losses(rank: int | None, world: int) -> dict[str, Tensor]:
         losses, _ = module(**batch)
         # DDP waits for every parameter; a zero of each keeps the others out of the sum.
         zero = sum(0 * p.sum() for p in objective.router.parameters())
-        (weighted_sum(losses, weights) + zero).backward()
+        share = len(batch["z"]) * world / ROWS
+        (share * weighted_sum(losses, weights) + zero).backward()
         name = next(n for n, w in weights.items() if w)
         codes, last = objective.router.codes.grad, objective.router.predictor[3].weight.grad
         assert codes is not None and last is not None
@@ -92,28 +95,31 @@ def rank_main(rank: int, folder: str, worlds: tuple[int, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What 4 and then 2 ranks found."""
+    """What 4, then 3, and then 2 ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_main, args=(str(folder), (4, 2)), nprocs=4)
+    mp.spawn(rank_main, args=(str(folder), (4, 3, 2)), nprocs=4)
     return folder
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_give_what_one_process_gives(ranks: Path, world: int) -> None:
     found = [torch.load(ranks / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
     for number, case in enumerate(CASES):
         expected = step(case, None, 1)
         assert {f"loss/{name}" for name in PRUNE_LOSSES} < set(expected) and "gradient/codes" in expected
         for name, value in expected.items():
+            if name == "share":
+                continue
             values = [rank["cases"][number][name] for rank in found]
             if name.removeprefix("loss/") in OWN_ROWS:
-                values = [torch.stack(values).mean()]
+                shares = torch.stack([rank["cases"][number]["share"] for rank in found])
+                values = [(shares * torch.stack(values)).mean()]
             for actual in values:
                 scale = float(value.double().abs().max())
                 torch.testing.assert_close(actual, value, atol=1e-6 + 1e-4 * scale, rtol=1e-4, msg=f"{case} {name}")
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_losss_own_gradient_is_the_joined_batchs(ranks: Path, world: int) -> None:
     expected = single_losses(None, 1)
     for rank in range(world):

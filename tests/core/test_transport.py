@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from aptp_ray.core.transport import balanced_assignment, cluster_prompts, gather_rows, prefer_lowest
+from aptp_ray.core.transport import balanced_assignment, cluster_prompts, gather_rows, own_rows, prefer_lowest
 
 
 def random_similarity(rows: int, codes: int, seed: int = 0, scale: float = 0.2) -> Tensor:
@@ -147,13 +147,15 @@ def rank_main(rank: int, folder: str) -> None:
     predictor, codes = torch.nn.Linear(6, 5), torch.randn(3, 5)
     z = torch.randn(16, 6)
     parallel = torch.nn.parallel.DistributedDataParallel(predictor)
-    loss = joined_loss(parallel, codes, z[8 * rank : 8 * rank + 8])
-    loss.backward()
-    try:
-        gather_rows(torch.zeros(2 + rank, 3))
-    except ValueError as error:
-        refused = str(error)
-    torch.save([loss.detach(), predictor.weight.grad, predictor.bias.grad, refused], f"{folder}/rank{rank}.pt")
+    # Ranks of one size, and of two: rank 0 holds 5 of 16 rows.
+    for name, cut in (("even", 8), ("uneven", 5)):
+        predictor.zero_grad()
+        mine = z[:cut] if rank == 0 else z[cut:]
+        loss = joined_loss(parallel, codes, mine)
+        (loss * len(mine) * 2 / 16).backward()
+        assert own_rows(mine) == (slice(0, cut) if rank == 0 else slice(cut, 16))
+        assert torch.equal(gather_rows(mine), z)
+        torch.save([loss.detach(), predictor.weight.grad, predictor.bias.grad], f"{folder}/{name}{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -163,9 +165,8 @@ def test_two_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
     loss = joined_loss(predictor, codes, torch.randn(16, 6))
     loss.backward()
     mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        value, weight, bias, refused = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+    for name in ("even0", "even1", "uneven0", "uneven1"):
+        value, weight, bias = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         torch.testing.assert_close(value, loss.detach())
         torch.testing.assert_close(weight, predictor.weight.grad)
         torch.testing.assert_close(bias, predictor.bias.grad)
-        assert "[2, 3] rows" in refused

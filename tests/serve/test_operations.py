@@ -19,7 +19,7 @@ import pytest
 import ray
 from ray import serve
 
-from aptp_ray.serve.run import APP_NAME, start, stop, update
+from aptp_ray.serve.run import APP_NAME, describe, start, stop, update
 
 URL = "/v1/images/generations"
 
@@ -147,7 +147,8 @@ def test_an_idle_expert_goes_and_comes_back(address: str, run_dir: Path) -> None
         update(str(run_dir), options={"replicas": 0, "downscale_delay_s": 1.0, "upscale_delay_s": 0.0})
         wait_until(lambda: not replica_pids("expert-0"), "no replica", 120)
         ready = httpx.get(f"{address}/ready", timeout=30)
-        assert ready.status_code == 200 and ready.json()["expert-0"] == "idle"
+        assert ready.status_code == 200 and ready.json()["expert-0"] == "idle", ready.text
+        assert "no replica" in describe(str(run_dir), options={"replicas": 0})
         answer = httpx.post(address + URL, json={"prompt": "a", "model": "expert-0"}, timeout=120)
         assert answer.status_code == 200, answer.text
     finally:
@@ -167,6 +168,7 @@ def test_stopping_lets_what_was_taken_finish(address: str, run_dir: Path) -> Non
             assert start(str(run_dir), port=int(address.rpartition(":")[2])) == address
 
 
+@pytest.mark.slow  # two changes of the service
 def test_keys_a_teacher_urls_sizes_and_spill(address: str, run_dir: Path, tmp_path: Path) -> None:
     """One change of the service for all that is off by default: starting replicas is what takes the time."""
     keys = tmp_path / "keys"

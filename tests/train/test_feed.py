@@ -84,6 +84,18 @@ def test_workers_share_the_global_batches_of_one_worker(shape: str, world_size: 
     assert [sum((part[step] for part in parts), []) for step in range(40)] == alone
 
 
+@pytest.mark.parametrize("world_size", [3, 5, 7])
+def test_workers_that_do_not_divide_the_lanes_share_them_unevenly(world_size: int) -> None:
+    alone = ids(feed("uneven")[0], 40)
+    feeds = [feed("uneven", rank=rank, world_size=world_size)[0] for rank in range(world_size)]
+    parts = [ids(source, 40) for source in feeds]
+    assert [sum((part[step] for part in parts), []) for step in range(40)] == alone
+    for source, part in zip(feeds, parts, strict=True):
+        assert [batch[source.mine] for batch in alone] == part
+    sizes = {len(part[0]) for part in parts}
+    assert len(sizes) == 2 and max(sizes) - min(sizes) == 2  # one lane of 2 rows
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_feed_goes_on_from_any_step_with_any_number_of_workers(shape: str) -> None:
     whole = ids(feed(shape)[0], 40)
@@ -180,7 +192,7 @@ def test_a_reader_that_breaks_its_word_and_bad_sizes_are_refused() -> None:
         ids(over(Ending(37, [37])), 9)
     with pytest.raises(ConfigError, match="no rows"):
         over(Reader(0, []))
-    with pytest.raises(ValueError, match="3 workers must divide 2 lanes"):
+    with pytest.raises(ValueError, match="each of 3 workers needs one of 2 lanes"):
         over(Reader(37, [37]), workers=3)
     with pytest.raises(ValueError, match="a global batch of 8"):
         over(Reader(37, [37]), lanes=3)
