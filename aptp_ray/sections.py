@@ -1,6 +1,7 @@
 """The sections of the configuration tree; ``config.py`` puts them together, reads them and hashes them.
 
-Every field stands here with its type, its limits and its default. A key that no stage reads is no field: it is refused.
+Every field stands here, in ``data_sections.py`` or in ``serve_sections.py``, with its type, its limits and its default. A key
+that no stage reads is no field: it is refused.
 """
 
 from __future__ import annotations
@@ -8,30 +9,25 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Precision = Literal["fp32", "bf16", "fp16"]
-
-MOST_IMAGES = 32  # of one UNet call, where the config sets no limit
-
-# In the annotation of a field that says where or how fast a thing is made, never what: it is in no stage's hash.
-HOW = "how"
-
-
-class UserError(Exception):
-    """Something that the user can mend; the message is one line and says what to change."""
-
-
-class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from aptp_ray.data_sections import (
+    Coco,
+    CocoPart,
+    ConceptualCaptions,
+    Data,
+    Encode,
+    HuggingFace,
+    HuggingFacePart,
+    ImageFolder,
+    Layout,
+    OpenMoji,
+    Source,
+    TsvPart,
+    WebDataset,
+)
+from aptp_ray.section import HOW, ConfigError, Fraction, Positive, Precision, Section, UserError
+from aptp_ray.serve_sections import Serve
 
 
 class Schedule(Section):
@@ -113,131 +109,6 @@ class RatedLoop(Loop):
     """A loop whose optimizer has one learning rate for all."""
 
     optimizer: Optimizer = Optimizer()
-
-
-class Layout(Section):
-    """What the layouts of captioned images share."""
-
-    storage_options: Annotated[dict[str, Any], HOW] = Field(
-        default_factory=dict, repr=False, description="of the images, for fsspec; secrets as env:NAME (see credentials.py)"
-    )
-
-
-class WebDataset(Layout):
-    """Tar shards, as img2dataset writes them: ``<key>.jpg|png|webp``, ``<key>.txt``, ``<key>.json``."""
-
-    kind: Literal["webdataset"]
-    train: str = Field(description="path, URI, glob or brace pattern of the training shards")
-    validation: str = Field(description="the same for validation")
-
-
-class TsvPart(Section):
-    """One split of Conceptual Captions."""
-
-    tsv: str = Field(description="captions and addresses, e.g. Train_GCC-training.tsv")
-    images: str = Field(description="folder of the images, named <row>_<hash>, with or without an extension")
-
-
-class ConceptualCaptions(Layout):
-    """Conceptual Captions as its publisher lays it out: a TSV beside a folder of downloaded images."""
-
-    kind: Literal["conceptual_captions"]
-    train: TsvPart
-    validation: TsvPart
-
-
-class CocoPart(Section):
-    """One split of MS-COCO."""
-
-    annotations: str = Field(description="captions_*.json")
-    images: str = Field(description="folder of the split's images, e.g. train2017")
-
-
-class Coco(Layout):
-    """MS-COCO captions, 2014 or 2017."""
-
-    kind: Literal["coco"]
-    train: CocoPart
-    validation: CocoPart
-    captions: Literal["all", "first"] = Field("all", description="a row for every caption, or one for every image")
-
-
-class HuggingFacePart(Section):
-    """One split of a Hugging Face dataset."""
-
-    path: str = Field(description="hub id, folder written by save_to_disk, or path, URI or glob of Parquet or Arrow files")
-    split: str = Field("train", description="e.g. train, or train[:95%] where the whole dataset is at hand")
-
-
-class HuggingFace(Layout):
-    """Any dataset that the ``datasets`` library reads."""
-
-    kind: Literal["huggingface"]
-    train: HuggingFacePart
-    validation: HuggingFacePart
-    name: str | None = Field(None, description="configuration of a hub dataset")
-    revision: str | None = Field(None, description="pinned revision of a hub dataset")
-    streaming: bool = Field(False, description="read over the network instead of downloading first")
-    image_column: str = "image"
-    caption_column: str = Field("text", description="a string, or a list of strings of which one is drawn by key")
-    key_column: str | None = Field(None, description="null: the row's number")
-
-
-class ImageFolder(Layout):
-    """Images beside a ``metadata.jsonl`` or ``metadata.csv`` with a ``file_name`` column."""
-
-    kind: Literal["image_folder"]
-    train: str = Field(description="folder or URI")
-    validation: str = Field(description="folder or URI")
-    caption_column: str = Field("text", description="a string, or in metadata.jsonl a list, of which one is drawn")
-
-
-class OpenMoji(Section):
-    """The demo's drawings, made in the run directory and read as a WebDataset."""
-
-    kind: Literal["openmoji"]
-    train_images: Positive = Field(12000, description="how many to draw")
-    validation_images: Positive = Field(1500, description="how many to draw")
-    images_per_shard: Positive = 1000
-
-
-Source = Annotated[
-    WebDataset | ConceptualCaptions | Coco | HuggingFace | ImageFolder | OpenMoji, Field(discriminator="kind")
-]
-
-
-class Data(Section):
-    """The images and captions."""
-
-    source: Source
-    resolution: Positive = Field(64, description="pixels of a side; the VAE's factor must divide it")
-    max_pixels: Positive = Field(100_000_000, description="a larger image is rejected unread: a few bytes can name any size")
-    max_caption_characters: Positive = Field(2000, description="a longer caption is rejected: such texts are no captions")
-
-
-class Encode(Section):
-    """How images and captions become what training reads; the README's "Bring your data" has the arithmetic."""
-
-    mode: Literal["offline", "online"] = Field(
-        "offline", description="offline: encoded once and stored; online: encoded anew in each epoch, no tensor is stored"
-    )
-    text: Literal["states", "tokens"] = Field(
-        "states", description="states: of the text encoder, which then rests in training; tokens: ids, a thousandth of the size"
-    )
-    precision: Precision = Field("fp32", description="in which the encoders run; what they give is stored as half floats")
-    crop: Literal["center", "random"] = Field("center", description="of what the square leaves over; random: drawn by key")
-    flip: bool = Field(False, description="mirror every second view, drawn by key")
-    views: Positive = Field(1, description="augmented views of a row, each a row of its own in training")
-    seed: int = Field(0, description="of crops, flips, and captions drawn from a list")
-    batch_size: Annotated[Positive, HOW] = Field(64, description="rows that an encoding actor takes at once")
-    actors: Annotated[Positive | None, HOW] = Field(None, description="encoding actors; null: from the cluster's size")
-    resources: Annotated[dict[str, float], HOW] = Field(
-        default_factory=dict, description="custom Ray resources of an actor, to place them on nodes of their own"
-    )
-    rows_per_file: Annotated[Positive, HOW] = Field(512, description="about how many rows an encoded Parquet file holds")
-    max_rejected_fraction: Annotated[float, Field(ge=0.0, le=1.0), HOW] = Field(
-        0.1, description="a split of which more is rejected fails; what was encoded is kept"
-    )
 
 
 class VaeTraining(Section):
@@ -400,66 +271,6 @@ class Report(Section):
     seed: int = 0
 
 
-class Serve(Section):
-    """The HTTP service."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    public_url: str | None = Field(
-        None, pattern=r"^https?://\S+$", description="how clients reach the service, for image URLs; null: as the request did"
-    )
-    # -- what is offered
-    teacher: bool = Field(False, description="deploy the unpruned UNet, too, as the model `teacher`")
-    sizes: list[Annotated[str, Field(pattern=r"^[1-9]\d{1,3}x[1-9]\d{1,3}$")]] = Field(
-        [], max_length=32, description="sizes that a request may ask for beside the run's own, e.g. [768x512]"
-    )
-    max_images: Annotated[int, Field(ge=1, le=256)] = Field(32, description="images of one request: its prompts times n")
-    url_storage: str | None = Field(
-        None, description="fsspec URI of a folder that all ingress replicas share; allows response_format url. It only grows"
-    )
-    api_keys: str | None = Field(
-        None, pattern=r"^\S+$", description="env:NAME or a file with the keys that clients must send; null: open to all"
-    )
-    # -- replicas
-    replicas: int = Field(1, ge=0, description="least replicas of one expert; 0: an idle one stops, and its next prompt starts it")
-    max_replicas: Positive = Field(1, description="most replicas of one expert")
-    router_replicas: Positive = 1
-    ingress_replicas: Positive = 1
-    upscale_delay_s: float = Field(5.0, ge=0.0, description="of lasting load before a replica is added")
-    downscale_delay_s: float = Field(600.0, ge=0.0, description="of little load before a replica is stopped")
-    drain_s: float = Field(120.0, gt=0.0, description="that a replica which is to stop has to finish its requests")
-    retries: Annotated[int, Field(ge=0, le=10)] = Field(3, description="of jobs whose replica died, within their deadline")
-    # -- batching and bounds
-    max_batch_size: Positive | None = Field(
-        None, description="images in one UNet call at most (null: 32); fewer where a measurement says that more do not pay"
-    )
-    max_queued_requests: Positive = Field(64, description="requests that wait beyond those being drawn; more get a 503")
-    max_waiting_images: Positive = Field(64, description="likewise, images for each replica that one expert may have")
-    route_batch_size: Positive = Field(16, description="prompts that the router embeds at once")
-    route_wait_ms: float = Field(
-        0.0, ge=0.0, le=1000.0, description="to wait for more prompts; at 0, what comes while a batch is embedded forms the next"
-    )
-    timeout_s: float = Field(300.0, gt=0.0, le=86400.0, description="deadline of a request, which may ask for less")
-    spill: bool = Field(False, description="a cheaper expert may take a prompt whose own would break latency_budget_ms")
-    latency_budget_ms: float | None = Field(None, gt=0.0, description="from arrival to image, for spill")
-    # -- resources
-    cpus_per_expert: float = Field(0.2, gt=0.0, description="logical CPUs of one expert's replica")
-    gpus_per_expert: float = Field(0.0, ge=0.0)
-    threads_per_expert: Positive = Field(1, description="torch threads of one expert's replica on CPU")
-    precision: Precision = "fp32"
-
-    @property
-    def batch_limit(self) -> int:
-        """The largest batch that an expert may choose."""
-        return self.max_batch_size or MOST_IMAGES
-
-    @model_validator(mode="after")
-    def _spill_has_a_budget(self) -> Serve:
-        if self.spill and self.latency_budget_ms is None:
-            raise ValueError("serve.spill is set without serve.latency_budget_ms: say how long a request may take")
-        return self
-
-
 class Compute(Section):
     """What the cluster gives to Ray Train."""
 
@@ -493,3 +304,40 @@ class Tracking(Section):
         None, gt=0.0, description="of one worker's device in the precision that is trained in, for the UNet's FLOP utilisation; "
         "null: that of a known GPU, and no utilisation on others"
     )
+
+__all__ = [
+    "Coco",
+    "CocoPart",
+    "Compute",
+    "ConceptualCaptions",
+    "ConfigError",
+    "Data",
+    "Encode",
+    "Finetune",
+    "FinetuneWeights",
+    "HOW",
+    "HuggingFace",
+    "HuggingFacePart",
+    "ImageFolder",
+    "Layout",
+    "Loop",
+    "OpenMoji",
+    "Optimizer",
+    "Prune",
+    "PruneWeights",
+    "RatedLoop",
+    "Report",
+    "Router",
+    "Sampling",
+    "Schedule",
+    "Section",
+    "Serve",
+    "Source",
+    "Teacher",
+    "Tracking",
+    "TsvPart",
+    "UNetTraining",
+    "UserError",
+    "VaeTraining",
+    "WebDataset",
+]

@@ -76,6 +76,7 @@ def ray_session(config: Config) -> Any:
         memory = min(1 << 30, _memory() // 5)
         # Job scripts import their neighbours, and workers must be able to, too.
         ray.init(
+            address="local",  # a cluster started on this machine for something else would refuse num_cpus
             num_cpus=max(4, cores),
             object_store_memory=memory,
             include_dashboard=False,

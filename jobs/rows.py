@@ -132,7 +132,7 @@ def reader_of(
         run,
         *parts,
         columns=columns,
-        layout=layout_of(config, run, "train"),
+        layout=layout_of(config, run, "validation" if parts[-1] == "validation" else "train"),
         spec=encoder_spec(config, pipeline_dir or run.address("teacher")),
         framing=framing(config),
         batch_size=config.encode.batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aptp_ray.artifacts import RunDir
-from aptp_ray.config import Config
+from aptp_ray.config import Config, ConfigError
 from cli import say
 from rows import encode_rows, encoder_spec, framing, reader_of, write_images
 
@@ -113,6 +113,7 @@ def prune(config: Config, run: RunDir) -> dict[str, Any]:
         name="prune",
         loop=config.prune.loop,
         rows=rows,
+        validation=reader_of(config, run, "encoded", "validation", embedding=True),
         extra={
             "encoding": encoding,
             "samples": ray.put(samples),
@@ -156,16 +157,27 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
             name="finetune-shared",
             loop=config.finetune.shared,
             rows=reader_of(config, run, "encoded", "train", embedding=True),
+            validation=reader_of(config, run, "encoded", "validation", embedding=True),
             extra=extra,
         )
         say(f"finetune: shared phase {facts['shared']['train_seconds']:.0f} s")
     readers = [reader_of(config, run, *parts) for parts in assigned]
+    lanes = config.finetune.apart.num_lanes()
+    small = [f"{expert} ({reader.num_rows})" for expert, reader in enumerate(readers) if reader.num_rows < lanes]
+    if small:
+        raise ConfigError(
+            f"too few rows are assigned to expert {', '.join(small)}: an epoch needs one for each of the "
+            f"{lanes} lanes; encode more data, or prune again with fewer router.experts"
+        )
     steps = steps_of(config, [reader.num_rows for reader in readers])
     runs = [
         ExpertRun(expert, reader, config.finetune.apart.model_copy(update={"steps": count}), extra)
         for expert, (reader, count) in enumerate(zip(readers, steps, strict=True))
     ]
-    facts["experts"] = train_experts(runs, config=config, run=run, at_once=side_by_side(config), say=say)
+    held_out = reader_of(config, run, "encoded", "validation")
+    facts["experts"] = train_experts(
+        runs, validation=held_out, config=config, run=run, at_once=side_by_side(config), say=say
+    )
     return facts
 
 

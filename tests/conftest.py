@@ -26,6 +26,7 @@ def ray_cluster() -> Iterator[None]:
     # Ray's workers are nice to the test by default, and starve beside it on two cores.
     os.environ["RAY_worker_niceness"] = "0"
     ray.init(
+        address="local",  # not the cluster that another test, or its reader, may have started on this machine
         num_cpus=4,
         num_gpus=0,
         object_store_memory=500_000_000,

@@ -17,7 +17,10 @@ SHELLS = {"data", "train", "evaluate", "serve", "demo"}
 MIDDLE = {"artifacts", "tracking", "encoding"}  # what the shells meet through
 BOTTOM = {"core", "config"}  # these do not know each other
 # Files that are a part of their neighbor, and stand apart only to be short.
-PART_OF = {"sections": "config", "credentials": "config", "storage": "artifacts"}
+PART_OF = {
+    **dict.fromkeys(("section", "sections", "data_sections", "serve_sections", "credentials"), "config"),
+    "storage": "artifacts",
+}
 ORCHESTRATION = {"ray", "wandb"}
 CORE_LIBRARIES = {"torch", "diffusers", "transformers", "ot", "numpy", "safetensors", "PIL"}
 

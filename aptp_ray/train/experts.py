@@ -10,6 +10,7 @@ import ray
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, Loop, UserError
+from aptp_ray.train.feed import RowReader
 from aptp_ray.train.launch import finished, launch
 
 # By name: the task that starts a run would otherwise import diffusers, half a gigabyte, only to hand the function on.
@@ -32,7 +33,7 @@ class ExpertRun:
     """
 
     expert: int
-    rows: Any
+    rows: RowReader
     loop: Loop
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -42,9 +43,23 @@ class ExpertRun:
 
 
 def train_experts(
-    runs: Sequence[ExpertRun], *, config: Config, run: RunDir, at_once: int, say: Callable[[str], None]
+    runs: Sequence[ExpertRun],
+    *,
+    validation: RowReader | None,
+    config: Config,
+    run: RunDir,
+    at_once: int,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Runs all that are not done yet, the one with most rows first, and returns their outcomes in the order of ``runs``.
+
+    Args:
+        runs: the experts'.
+        validation: held-out rows, the same for all.
+        config: the whole tree.
+        run: the run directory.
+        at_once: how many run side by side.
+        say: tells people how it goes.
 
     Raises:
         ExpertsFailed: once the others have ended, if any failed; the same command takes those up again.
@@ -69,6 +84,7 @@ def train_experts(
                 name=item.name,
                 loop=item.loop,
                 rows=item.rows,
+                validation=validation,
                 extra=item.extra | {"expert": item.expert, "loop": item.loop},
             )
             running[reference] = item

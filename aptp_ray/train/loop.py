@@ -174,7 +174,10 @@ def run_loop(
         )
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(learned, settings.clip_norm)
-        _check_finite(losses, norm, step, label, peaks, loop.precision)
+        problem = _divergence(losses, norm, step, label, peaks, loop.precision)
+        if problem is not None:  # on every rank: gradients are those of all
+            saver.wait()
+            raise FloatingPointError(problem)
         scaler.step(optimizer)
         scaler.update()
         if ema is not None:
@@ -250,20 +253,16 @@ def held_out(parts: Parts, feed: Feed, count: int, done: int, place: Place) -> I
         yield to_device(inputs, place.device)
 
 
-def _check_finite(losses: Losses, norm: torch.Tensor, step: int, label: str, peaks: list[float], precision: str) -> None:
-    """Stops a run that has diverged, before its weights have.
-
-    Raises:
-        FloatingPointError: with the step, and the losses by name.
-    """
+def _divergence(losses: Losses, norm: torch.Tensor, step: int, label: str, peaks: list[float], precision: str) -> str | None:
+    """Says what is not finite, with the step and the losses by name; None where all is well."""
     sound = torch.stack([torch.isfinite(value).all() for value in losses.values()]).all()
     # With fp16, gradients that overflow are a matter of the scaler, which leaves such a step out.
     if bool(sound & (torch.isfinite(norm) | (precision == "fp16"))):
-        return
+        return None
     values = {name: float(value) for name, value in losses.items()}
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     what = f"loss {', '.join(broken)} is" if broken else "the gradient is"
-    raise FloatingPointError(
+    return (
         f"[{label}] {what} not finite at step {step} (losses {values}): lower the learning rate "
         f"({', '.join(map(str, peaks))}) or use precision fp32; the last checkpoint is kept"
     )

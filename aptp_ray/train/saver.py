@@ -13,11 +13,14 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointUploadMode
+from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 from torch import Tensor, nn
 
 from aptp_ray.config import Loop
 from aptp_ray.train.checkpoints import save_state
+
+# For which a run that is about to fail waits for its last checkpoint to be in storage.
+_UPLOAD_SECONDS = 600.0
 
 
 class Saver:
@@ -79,3 +82,7 @@ class Saver:
             checkpoint_upload_mode=mode,
             delete_local_checkpoint_after_upload=True,
         )
+
+    def wait(self) -> None:
+        """Waits until what was kept last is in storage, and on record: a worker that fails takes its uploads along."""
+        ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, timeout_s=_UPLOAD_SECONDS)
