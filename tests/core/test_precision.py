@@ -177,6 +177,7 @@ def test_channels_last_gives_the_same_step_and_the_same_pruned_unet() -> None:
     assert relative(output, expected) < 1e-4 and output.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow  # the compiler
 def test_a_compiled_pruned_unet_computes_the_same() -> None:
     """By the CPU compiler itself."""
     space = ArchitectureSpace.of(single_block())
@@ -190,6 +191,7 @@ def test_a_compiled_pruned_unet_computes_the_same() -> None:
     assert list(pruned.state_dict()) == keys and count_macs(pruned, (8, 8), 5) == macs
 
 
+@pytest.mark.slow  # the compiler
 @pytest.mark.parametrize("stage", ["prune", "finetune"])
 def test_compiled_steps_see_new_masks_and_every_block(stage: str) -> None:
     """Traced and differentiated by the compiler, run without its kernels, which the test above compiles."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,9 @@ def rank_main(rank: int, folder: str) -> None:
         assert own_rows(mine) == (slice(0, cut) if rank == 0 else slice(cut, 16))
         assert torch.equal(gather_rows(mine), z)
         torch.save([loss.detach(), predictor.weight.grad, predictor.bias.grad], f"{folder}/{name}{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # Gloo's threads outlive the group now and then, and then C++ ends an interpreter that exits by abort().
+    os._exit(0)
 
 
 def test_two_ranks_give_what_one_process_gives(tmp_path: Path) -> None:

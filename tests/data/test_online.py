@@ -77,6 +77,7 @@ def test_the_same_rows_have_the_same_values(run: RunDir, light: RunDir, shards: 
                 np.testing.assert_allclose(made[name].view("<f2"), stored[name].view("<f2"), **HALF)
 
 
+@pytest.mark.slow  # two more pools of encoders
 def test_views_are_framed_alike_and_token_ids_are_the_same(
     shards: Shards, pipeline_dir: Path, tmp_path: Path, ray_cluster: None
 ) -> None:

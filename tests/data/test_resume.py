@@ -197,6 +197,7 @@ def bucket() -> Iterator[tuple[str, dict[str, Any]]]:
         server.stop()
 
 
+@pytest.mark.slow  # a store, and three runs
 def test_a_run_directory_on_s3_holds_the_same_rows_and_goes_on(
     undisturbed: RunDir, pattern: str, pipeline_dir: Path, tmp_path: Path, bucket: tuple[str, dict[str, Any]]
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_killed_replica_costs_no_request(address: str, victim: str) -> None:
     wait_until(lambda: len(replica_pids(victim)) == 1, "its replacement")
 
 
+@pytest.mark.slow  # two services side by side
 def test_another_run_takes_over_without_a_lost_request(address: str, run_dir: Path, tmp_path: Path) -> None:
     other = tmp_path / "next"
     shutil.copytree(run_dir, other)

@@ -248,6 +248,7 @@ def test_two_workers_compute_what_one_does(undisturbed: tuple[dict[str, Any], li
     same_as(undisturbed, found)
 
 
+@pytest.mark.slow  # another start of Ray Train
 def test_three_workers_share_eight_lanes_and_compute_what_one_does(
     undisturbed: tuple[dict[str, Any], list[list[float]]], tmp_path: Path
 ) -> None:
@@ -255,6 +256,7 @@ def test_three_workers_share_eight_lanes_and_compute_what_one_does(
     same_as(undisturbed, train(tmp_path / "run", workers=[3, 3], loop={"accumulation": 2}))
 
 
+@pytest.mark.slow  # two more starts of Ray Train
 def test_validation_is_of_the_same_draws_each_time_and_leaves_training_alone(
     undisturbed: tuple[dict[str, Any], list[list[float]]], tmp_path: Path
 ) -> None:
@@ -273,6 +275,7 @@ def test_validation_is_of_the_same_draws_each_time_and_leaves_training_alone(
     assert outcome["validation/square"] == pytest.approx(np.mean(values), rel=1e-5)
 
 
+@pytest.mark.slow  # Ray Train starts it again and again
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(ray_cluster: None, tmp_path: Path) -> None:
     """Even the checkpoint of the step before, which is on its way to storage when the run stops."""
     with pytest.raises(ray.train.TrainingFailedError, match=r"loss square is not finite at step 5 \(losses .*'size'"):
@@ -281,6 +284,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(ray_cl
     assert [row[0] for row in seen] == [*range(1, STEPS + 1)] and outcome["steps"] == STEPS
 
 
+@pytest.mark.slow  # it waits
 def test_a_checkpoint_is_kept_when_minutes_are_up(ray_cluster: None, tmp_path: Path) -> None:
     """By rank 0's clock, for both ranks; the steps alone would keep none before the last."""
     loop = {"checkpoint_every_steps": 1000, "checkpoint_every_minutes": 2.5 / 60, "num_checkpoints": 50}
@@ -289,6 +293,7 @@ def test_a_checkpoint_is_kept_when_minutes_are_up(ray_cluster: None, tmp_path: P
     assert {7, STEPS} <= {fact["step"] for fact in facts} and len(facts) < STEPS
 
 
+@pytest.mark.slow  # an S3 server, and two more starts
 def test_checkpoints_go_to_the_run_directorys_own_storage(
     undisturbed: tuple[dict[str, Any], list[list[float]]], tmp_path: Path
 ) -> None:
