@@ -121,6 +121,7 @@ def settled(folder: Path) -> int:
     return count
 
 
+@pytest.mark.slow  # it waits, to see that nothing happens
 def test_nothing_is_encoded_far_ahead_of_a_consumer_that_stops(
     light: RunDir, shards: Shards, pipeline_dir: Path, tmp_path: Path
 ) -> None:
