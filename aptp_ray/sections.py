@@ -300,6 +300,9 @@ class Tracking(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online where WANDB_API_KEY is set, else offline"
     )
+    samples: int = Field(
+        4, ge=0, description="held-out prompts that are drawn and logged at each validation of fine-tuning; 0: none"
+    )
     peak_tflops: float | None = Field(
         None, gt=0.0, description="of one worker's device in the precision that is trained in, for the UNet's FLOP utilisation; "
         "null: that of a known GPU, and no utilisation on others"

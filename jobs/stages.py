@@ -89,38 +89,41 @@ def checked_encoding(config: Config, run: RunDir, *folders: tuple[str, ...]) -> 
     return at_hand.to_json()
 
 
-def prune(config: Config, run: RunDir) -> dict[str, Any]:
-    """Trains the router and hardens its codes."""
+def prune_run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Returns what the prune stage's run is launched on: rows, and what its workers get besides."""
     import ray
 
     from aptp_ray.data import schema
     from aptp_ray.data.encoded import read_first
     from aptp_ray.train.feed import first_rows
-    from aptp_ray.train.launch import launch
-    from aptp_ray.train.prune import ROUTING_PROMPTS, prune_worker
+    from aptp_ray.train.prune import ROUTING_PROMPTS
 
     encoding = checked_encoding(config, run, ("encoded", "train"), ("encoded", "validation"))
     prompts = {
-        split: read_first(run, "encoded", split, columns=[schema.EMBEDDING], rows=ROUTING_PROMPTS)
+        split: read_first(run, "encoded", split, columns=[schema.EMBEDDING, schema.CAPTION], rows=ROUTING_PROMPTS)
         for split in ("train", "validation")
     }
     rows = reader_of(config, run, "encoded", "train", embedding=True)
     samples = first_rows(rows, config.prune.importance_samples)
-    return launch(
-        prune_worker,
-        config=config,
-        run=run,
-        name="prune",
-        loop=config.prune.loop,
-        rows=rows,
-        validation=reader_of(config, run, "encoded", "validation", embedding=True),
-        extra={
+    return {
+        "loop": config.prune.loop,
+        "rows": rows,
+        "validation": reader_of(config, run, "encoded", "validation", embedding=True),
+        "extra": {
             "encoding": encoding,
             "samples": ray.put(samples),
             "prompts": ray.put(prompts["train"]),
             "validation_prompts": ray.put(prompts["validation"]),
         },
-    )
+    }
+
+
+def prune(config: Config, run: RunDir) -> dict[str, Any]:
+    """Trains the router and hardens its codes."""
+    from aptp_ray.train.launch import launch
+    from aptp_ray.train.prune import prune_worker
+
+    return launch(prune_worker, config=config, run=run, name="prune", **prune_run(config, run))
 
 
 def assign(config: Config, run: RunDir) -> dict[str, Any]:
@@ -137,8 +140,9 @@ def assign(config: Config, run: RunDir) -> dict[str, Any]:
 def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains the experts: first together, then each apart, several side by side."""
     from aptp_ray.data import schema
+    from aptp_ray.data.encoded import read_first
     from aptp_ray.train.experts import ExpertRun, side_by_side, steps_of, train_experts
-    from aptp_ray.train.finetune import shared_worker
+    from aptp_ray.train.finetune import HELD_OUT, shared_worker
     from aptp_ray.train.launch import launch
     from aptp_ray.train.worker import empty_text_states
 
@@ -147,6 +151,7 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     extra = {
         "encoding": checked_encoding(config, run, ("encoded", "train"), *assigned),
         "empty_states": empty_text_states(run.local("teacher")),
+        "held_out": read_first(run, "encoded", "validation", columns=[schema.EMBEDDING, schema.CAPTION], rows=HELD_OUT),
     }
     facts: dict[str, Any] = {}
     if config.finetune.shared is not None:

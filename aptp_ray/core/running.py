@@ -45,16 +45,6 @@ class BlockRecorder:
         self._outputs.append(output[0] if isinstance(output, tuple) else output)
 
 
-@contextmanager
-def capture_blocks(unet: UNet2DConditionModel) -> Iterator[BlockRecorder]:
-    """A recorder for the time of the block; not for a UNet that is compiled already."""
-    recorder = BlockRecorder(unet)
-    try:
-        yield recorder
-    finally:
-        recorder.remove()
-
-
 def run_unet(unet: Any, sample: Tensor, timesteps: Tensor, text_states: Tensor, text_mask: Tensor | None) -> Tensor:
     """Calls a UNet, stock, pruned or gated, in its own precision.
 
@@ -87,3 +77,14 @@ def compile_unet(unet: UNet2DConditionModel, **options: Any) -> UNet2DConditionM
     """
     unet.forward = torch.compile(unet.forward, **options)  # type: ignore[method-assign]
     return unet
+
+
+@contextmanager
+def eager(unet: UNet2DConditionModel) -> Iterator[UNet2DConditionModel]:
+    """Takes a compiled UNet's compilation away for the time of the block: for calls of shapes that come but once."""
+    compiled = vars(unet).pop("forward", None)
+    try:
+        yield unet
+    finally:
+        if compiled is not None:
+            unet.forward = compiled  # type: ignore[method-assign]

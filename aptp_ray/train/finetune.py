@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, cast
 
+import numpy as np
 import ray.train
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,6 +21,7 @@ from aptp_ray.core.macs import count_macs
 from aptp_ray.core.prune import prune_unet
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.running import compile_unet
+from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.loop import Parts, held_out, make_feed
@@ -29,6 +32,9 @@ SHARED = ("train", "finetune-shared", "unet")
 # Relative, of float32 sums in another order: outputs agree to 5e-7, hence losses, squared errors that are a hundredth of the
 # outputs' squares and more, to 1e-5. One matrix that was not inherited moves them by 2e-4 and more.
 ROUNDING = 1e-4
+
+# Validation prompts among which those are found that an expert draws for the log.
+HELD_OUT = 512
 
 
 def shared_worker(settings: dict[str, Any]) -> None:
@@ -49,7 +55,16 @@ def shared_worker(settings: dict[str, Any]) -> None:
             student.unet.save_pretrained(folder)
         return {}
 
-    worker.train(finetune_parts(worker, student, teacher, loop, settings, "shared", routed, save), loop)
+    def artists() -> Iterator[tuple[Any, list[int]]]:
+        for expert in experts.unique().tolist():
+            yield prune_unet(student.unet, codes[expert]), (experts == expert).nonzero().flatten().tolist()
+
+    parts = finetune_parts(worker, student, teacher, loop, settings, "shared", routed, save)
+    prompts, embeddings = held_out_prompts(settings)
+    prompts = prompts[: worker.config.tracking.samples]
+    experts = router.assign(embeddings[: len(prompts)]).expert
+    parts.draw = worker.grid(prompts, artists, teacher)
+    worker.train(parts, loop)
 
 
 def expert_worker(settings: dict[str, Any]) -> None:
@@ -88,8 +103,11 @@ def expert_worker(settings: dict[str, Any]) -> None:
             (folder / "expert.json").write_bytes(worker.run.read_bytes("train", worker.name, "expert.json"))
         return facts
 
+    prompts, embeddings = held_out_prompts(settings)
+    own = (router.assign(embeddings).expert == expert).nonzero().flatten()[: worker.config.tracking.samples].tolist()
     purpose, kept = f"expert-{expert}", ("train", worker.name, "inherited.json")
     parts = finetune_parts(worker, student, teacher, loop, settings, purpose, lambda rows: {}, save)
+    parts.draw = worker.grid([prompts[index] for index in own], lambda: [(student, range(len(own)))], teacher)
     if ray.train.get_checkpoint() is None:
         rows = worker.rows if worker.validation is None else worker.validation
         feed = make_feed(rows, loop, worker.place, parts)
@@ -102,6 +120,12 @@ def expert_worker(settings: dict[str, Any]) -> None:
             print(f"[{worker.name}] before the first step, expert = masked model: {shown}", file=sys.stderr, flush=True)
     del whole
     worker.train(parts, loop)
+
+
+def held_out_prompts(settings: dict[str, Any]) -> tuple[list[str], Tensor]:
+    """Returns captions of the validation split, and their z [n, dim]."""
+    rows = settings["held_out"]
+    return list(rows[schema.CAPTION]), torch.from_numpy(np.stack(list(rows[schema.EMBEDDING])).astype(np.float32))
 
 
 def inherited_losses(

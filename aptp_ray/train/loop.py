@@ -41,6 +41,7 @@ class Parts:
         save: writes the stage's outcome; called once, on rank 0, after the last step.
         lr_scale: (step, index of the group) -> factor, on top of the schedule.
         look: (tracker, steps done, statistics), called on rank 0 whenever a step is logged: figures that are dear to compute.
+        draw: (tracker, steps done), called on rank 0 after each validation, with the weights that would be saved then.
         by_row: whether losses are means over rows, which ``Loop.accumulation`` may then take in parts.
         macs_per_sample: of all UNet passes of a step, for the FLOP utilisation (see ``unet_flop_utilisation``).
     """
@@ -53,6 +54,7 @@ class Parts:
     weights: dict[str, float] = field(default_factory=dict)
     lr_scale: Callable[[int, int], float] = lambda step, group: 1.0
     look: Callable[[Tracker, int, dict[str, Any]], None] | None = None
+    draw: Callable[[Tracker, int], None] | None = None
     macs_per_sample: float | None = None
     by_row: bool = True
     validation_inputs: Callable[[dict[str, Any], int, slice, int], dict[str, Any]] | None = None
@@ -149,6 +151,8 @@ def run_loop(
         with _averaged(module, ema):
             batches = held_out(parts, make_feed(validation, loop, place, parts), loop.validation_batches, done, place)
             found = evaluate(module, batches, share=share, world_size=place.world_size, context=context)
+            if parts.draw is not None and place.rank == 0:
+                parts.draw(tracker, done)
         tracker.log({f"validation/{name}": value for name, value in found.items()}, step=done)
         return found
 
@@ -224,6 +228,7 @@ def run_loop(
         seconds = spent + time.monotonic() - begun
         outcome = {"steps": loop.steps, "train_seconds": round(seconds, 1), **metrics}
         outcome = parts.save(module, outcome | {f"validation/{name}": value for name, value in final.items()})
+        tracker.summary({name: value for name, value in outcome.items() if isinstance(value, (int, float))})
     # Every worker reports equally often (the contract of ray.train.report), so all of them report the outcome's turn.
     ray.train.report({"outcome": outcome, "step": loop.steps})
     tracker.finish()

@@ -39,6 +39,8 @@ from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_s
 # Prompts of each split that the job hands in: on the training split's, codes part and the transport's duals are fitted; the
 # validation split's weigh the hardened codes.
 ROUTING_PROMPTS = 8192
+# Held-out prompts of which some are listed in the log by the expert that they go to.
+LISTED = 512
 
 
 def prune_worker(settings: dict[str, Any]) -> None:
@@ -46,7 +48,8 @@ def prune_worker(settings: dict[str, Any]) -> None:
 
     Args:
         settings: see ``launch``; and ``encoding``, and references to raw columns: ``samples`` (``training_columns`` of
-            the rows for importance), ``prompts`` and ``validation_prompts`` (z). The job reads these once for all workers.
+            the rows for importance), ``prompts`` (z) and ``validation_prompts`` (z and captions). The job reads these once
+            for all workers.
     """
     worker = Worker.start(settings)
     config, spec, loop = worker.config, worker.config.prune, worker.config.prune.loop
@@ -93,6 +96,10 @@ def prune_worker(settings: dict[str, Any]) -> None:
     if loop.compile:
         compile_unet(gated.unet)
     warmup = round(loop.steps * spec.warmup_fraction)
+    held_out = ray.get(settings["validation_prompts"])
+    watch = CodeWatch(
+        config, objective, worker.name, list(held_out[schema.CAPTION][:LISTED]), prompt_embeddings(held_out)[:LISTED]
+    )
 
     def inputs(rows: dict[str, Any], step: int, mine: slice) -> dict[str, Any]:
         if step == warmup:  # codes part here; a run resumed later has them in its checkpoint
@@ -114,7 +121,7 @@ def prune_worker(settings: dict[str, Any]) -> None:
         transport = router.fit_potentials(
             embeddings, epsilon=config.router.epsilon, relative=config.router.relative_epsilon
         )
-        hard, shares = harden(config, router, macs, prompt_embeddings(ray.get(settings["validation_prompts"])))
+        hard, shares = harden(config, router, macs, prompt_embeddings(held_out))
         write_router(worker.run, config, router, macs, hard, shares)
         return {
             "macs_ratio": round(hard.macs_ratio, 5),
@@ -139,7 +146,7 @@ def prune_worker(settings: dict[str, Any]) -> None:
         decode=lambda rows: decode_encoded(rows, encoding, text_states),
         save=save_router,
         weights=spec.weights.model_dump(),
-        look=CodeWatch(config, objective, worker.name),
+        look=watch,
         # Teacher and masked forward, and a backward pass to the masks alone; a masked channel is computed all the same.
         macs_per_sample=3 * macs.total,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -22,6 +23,7 @@ from aptp_ray.train.draws import TextStates
 from aptp_ray.train.feed import RowReader
 from aptp_ray.train.launch import record_outcome
 from aptp_ray.train.loop import Parts, Place, place_of_worker, run_loop
+from aptp_ray.train.pictures import Artists, SampleGrid
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,7 +72,7 @@ class Worker:
             config=self.config,
             directory=self.run.path("wandb") if self.run.is_local else None,
             rank=self.place.rank,
-            run_id=f"{Path(self.run.root).name}-{self.name}".replace("=", "-"),
+            run_id=self._tracking_id() if self.place.rank == 0 else None,
         )
         run_loop(
             parts,
@@ -82,6 +84,17 @@ class Worker:
             peak_flops=self._peak_flops(loop),
             validation=self.validation,
         )
+
+    def grid(self, prompts: Sequence[str], artists: Artists, teacher: Any) -> SampleGrid:
+        """Returns what draws prompts with the run's own teacher beside the UNets in training."""
+        return SampleGrid(self.config, self.run.local("teacher"), self.place.device, prompts, artists, teacher)
+
+    def _tracking_id(self) -> str:
+        """The id under which all attempts at this run log; a run that is made anew gets another, its folder being gone."""
+        kept = ("train", self.name, "tracking.json")
+        if not self.run.exists(*kept):
+            self.run.write_json({"id": f"{Path(self.run.root).name}-{self.name}-{uuid4().hex[:8]}".replace("=", "-")}, *kept)
+        return self.run.read_json(*kept)["id"]
 
     def _peak_flops(self, loop: Loop) -> float | None:
         """Of all workers' devices together, where it is known."""

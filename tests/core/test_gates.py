@@ -6,7 +6,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 from aptp_ray.core.gates import GatedUNet
-from aptp_ray.core.running import capture_blocks
+from aptp_ray.core.running import BlockRecorder
 from tests.core.tiny import TINY_UNETS, inputs_for, tiny_sd15, tiny_sd21, tiny_sdxl
 
 
@@ -228,12 +228,13 @@ def test_remove_takes_all_hooks_off() -> None:
         assert torch.equal(gated(**inputs).sample, unet(**inputs).sample)
 
 
-def test_capture_blocks_holds_the_latest_forward() -> None:
+def test_a_recorder_holds_the_latest_forward() -> None:
     unet = tiny_sd21()
     inputs = inputs_for(unet)
     modules = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     shapes = [(16, 8), (32, 4), (32, 2), (32, 2), (32, 2), (32, 4), (32, 8), (32, 16), (16, 16)]
-    with torch.no_grad(), capture_blocks(unet) as recorder:
+    recorder = BlockRecorder(unet)
+    with torch.no_grad():
         unet(**inputs_for(unet, seed=8))
         unet(**inputs)
         first = recorder.take()
@@ -243,6 +244,7 @@ def test_capture_blocks_holds_the_latest_forward() -> None:
         assert len(outputs) == len(modules) == 9
         assert not any(torch.equal(a, b) for a, b in zip(outputs, first, strict=True))
     assert [(t.shape[1], t.shape[2]) for t in first] == shapes
+    recorder.remove()
     # The final block's output determines the UNet's: what comes after it is the norm, SiLU and convolution.
     with torch.no_grad():
         out = unet.conv_out(unet.conv_act(unet.conv_norm_out(first[-1])))

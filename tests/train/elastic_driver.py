@@ -1,4 +1,4 @@
-"""Two training runs on a Ray cluster of its own, which loses a node in the second: see test_elastic.py.
+"""Two training runs on a Ray cluster of its own, which loses a node in the second and gets it back: see test_elastic.py.
 
 python elastic_driver.py FOLDER STEPS
 """
@@ -17,6 +17,8 @@ import ray
 from ray.cluster_utils import Cluster
 from test_loop import train
 
+from aptp_ray.train import launch
+
 CPU = {"num_cpus": 1, "object_store_memory": 100_000_000}  # of a node: room for one worker
 
 
@@ -27,10 +29,11 @@ def last_sizes(folder: Path) -> list[int]:
 
 
 def disturb(cluster: Cluster, spare: Any, folder: Path) -> None:
-    """Takes a node away once the run has settled; lets it come to its end once it has settled again."""
+    """Takes a node away once the run has settled, adds one when it has again, and at last lets it come to its end."""
     for size, change in (
         (2, lambda: cluster.remove_node(spare)),
-        (1, lambda: (folder / "go").touch()),
+        (1, lambda: cluster.add_node(**CPU)),
+        (2, lambda: (folder / "go").touch()),
     ):
         while last_sizes(folder) != [size] * 3:
             time.sleep(0.1)
@@ -38,6 +41,7 @@ def disturb(cluster: Cluster, spare: Any, folder: Path) -> None:
 
 
 def main(folder: Path, steps: int) -> None:
+    launch.RESIZE_INTERVAL_S = 5.0
     cluster = Cluster(initialize_head=True, head_node_args=CPU)
     spare = cluster.add_node(**CPU)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)

@@ -1,4 +1,4 @@
-"""A run whose cluster shrinks goes on with as many workers as there is room for, and loses no row."""
+"""A run whose cluster shrinks and grows goes on with as many workers as there is room for, and loses no row."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 15
+STEPS = 60
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_two_workers_to_one(tmp_path: Path) -> None:
-    """On a cluster of two nodes, one of which is taken away, against a run that nothing happens to."""
+def test_a_run_goes_from_two_workers_to_one_and_back(tmp_path: Path) -> None:
+    """On a cluster of two nodes, one of which is taken away and comes back, against a run that nothing happens to."""
     paths = [str(REPOSITORY), str(Path(__file__).parent)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -34,7 +34,7 @@ def test_a_run_goes_from_two_workers_to_one(tmp_path: Path) -> None:
     calm, run = tmp_path / "calm", tmp_path / "run"
     sizes = [int(size) for size in (run / "sizes.txt").read_text().split()]
     changes = [size for index, size in enumerate(sizes) if index == 0 or size != sizes[index - 1]]
-    assert changes == [2, 1] and {*(calm / "sizes.txt").read_text().split()} == {"1"}
+    assert changes == [2, 1, 2] and {*(calm / "sizes.txt").read_text().split()} == {"1"}
     # Each step's loss is that of the global batch: of all its rows, whoever read them.
     expected = {row[0]: row[1] for row in map(json.loads, (calm / "losses.jsonl").read_text().splitlines())}
     seen = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
