@@ -1,6 +1,8 @@
 """Measures one room of the house against a baseline in the same run, and prints the ratios as its last line (JSON).
 
     python jobs/benchmark.py data      encoding against the bare encoders, reading against training, memory, faults
+    python jobs/benchmark.py train     steps against their floors, workers, checkpoints, encoders inside the step
+    python jobs/benchmark.py switches  the prune stage's departures from the reference, each taken back on the demo
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from importlib import import_module
 
 from cli import errors_on_one_line, finish, say
 
-TOPICS = ("data",)
+TOPICS = ("data", "train", "switches")
 
 
 def main() -> None:

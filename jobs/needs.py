@@ -9,12 +9,12 @@ import os
 import time
 
 import numpy as np
-import pyarrow.dataset as pds
 import torch
 
 from aptp_ray.artifacts import open_run
+from aptp_ray.config import ConfigError
 from aptp_ray.data import schema
-from aptp_ray.encoding import Encoding, unpack
+from aptp_ray.data.encoded import count_rows, read_encoding, read_first
 from aptp_ray.tracking import Progress
 from cli import errors_on_one_line, finish, load, parser, say
 
@@ -33,22 +33,24 @@ def main() -> None:
         from aptp_ray.core.gates import GatedUNet
         from aptp_ray.core.macs import MacsModel
         from aptp_ray.evaluate.needs import KindSamples, measure_needs
-        from aptp_ray.train.worker import fast_attention, noise_schedule
+        from aptp_ray.train.draws import decode_encoded, training_columns
+        from aptp_ray.train.worker import fast_attention, noise_schedule, text_states_of
 
         torch.set_num_threads(os.cpu_count() or 1)
-        encoding = Encoding.from_json(run.read_json("encoded", "encoding.json"))
-        files = sorted(run.fs.glob(run.path("encoded", "validation", "*.parquet")))
-        rows = pds.dataset(files, filesystem=run.fs).to_table(columns=[schema.GROUP, schema.LATENT_MEAN, schema.TEXT_STATES])
-        groups = np.array(rows.column(schema.GROUP).to_pylist())
+        encoding = read_encoding(run, "encoded", "validation")
+        if encoding.mode == "online":
+            raise ConfigError("encode.mode=online stores no latents, which this job reads: encode the validation split offline")
+        teacher = run.local("teacher")
+        text_states = text_states_of(encoding, teacher, torch.device("cpu"))
+        columns = [schema.GROUP, *training_columns(encoding)]
+        rows = read_first(run, "encoded", "validation", columns=columns, rows=count_rows(run, "encoded", "validation"))
         kinds = {}
         for kind in options.kinds.split(","):
-            part = rows.take(np.flatnonzero(groups == kind)[:64])
-            latents, states = (
-                torch.from_numpy(unpack(part.column(name).to_pylist(), shape).astype(np.float32))
-                for name, shape in ((schema.LATENT_MEAN, encoding.latent_shape), (schema.TEXT_STATES, encoding.text_shape))
-            )
-            kinds[kind] = KindSamples(latents, states)
-        teacher = run.local("teacher")
+            chosen = np.flatnonzero(rows[schema.GROUP] == kind)[:64]
+            if not len(chosen):
+                raise ConfigError(f"no validation row is of kind {kind!r}: --kinds takes {sorted(set(rows[schema.GROUP]))}")
+            part = decode_encoded({name: rows[name][chosen] for name in columns[1:]}, encoding, text_states)
+            kinds[kind] = KindSamples(torch.from_numpy(part["mean"]), part["text_states"])
         unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
         macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.text_shape[0])
         gated = GatedUNet(fast_attention(unet, torch.device("cpu")).eval())

@@ -137,22 +137,30 @@ def assign(config: Config, run: RunDir) -> dict[str, Any]:
     return facts
 
 
-def finetune(config: Config, run: RunDir) -> dict[str, Any]:
-    """Trains the experts: first together, then each apart, several side by side."""
+def finetune_extra(config: Config, run: RunDir, *folders: tuple[str, ...]) -> dict[str, Any]:
+    """Returns what fine-tuning's workers get besides their rows, which lie in ``folders``."""
     from aptp_ray.data import schema
     from aptp_ray.data.encoded import read_first
-    from aptp_ray.train.experts import ExpertRun, side_by_side, steps_of, train_experts
-    from aptp_ray.train.finetune import HELD_OUT, shared_worker
-    from aptp_ray.train.launch import launch
+    from aptp_ray.train.finetune import HELD_OUT
     from aptp_ray.train.worker import empty_text_states
 
-    # Assigned rows are copies: they may be older than the encoded ones.
-    assigned = [("assigned", f"{schema.EXPERT}={expert}") for expert in range(config.router.experts)]
-    extra = {
-        "encoding": checked_encoding(config, run, ("encoded", "train"), *assigned),
+    return {
+        "encoding": checked_encoding(config, run, *folders),
         "empty_states": empty_text_states(run.local("teacher")),
         "held_out": read_first(run, "encoded", "validation", columns=[schema.EMBEDDING, schema.CAPTION], rows=HELD_OUT),
     }
+
+
+def finetune(config: Config, run: RunDir) -> dict[str, Any]:
+    """Trains the experts: first together, then each apart, several side by side."""
+    from aptp_ray.data import schema
+    from aptp_ray.train.experts import ExpertRun, side_by_side, steps_of, train_experts
+    from aptp_ray.train.finetune import shared_worker
+    from aptp_ray.train.launch import launch
+
+    # Assigned rows are copies: they may be older than the encoded ones.
+    assigned = [("assigned", f"{schema.EXPERT}={expert}") for expert in range(config.router.experts)]
+    extra = finetune_extra(config, run, ("encoded", "train"), *assigned)
     facts: dict[str, Any] = {}
     if config.finetune.shared is not None:
         facts["shared"] = launch(

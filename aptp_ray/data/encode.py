@@ -66,7 +66,8 @@ def encode_split(
     light = mode == "online"
     encoding = describe(spec, framing, mode)
     pool = _pool(actors, resources)
-    promised = promised_rows(layout)
+    units = layout.units()
+    promised = promised_rows(layout, units)
     print(_estimate(encoding, promised, output.address(*parts)), file=sys.stderr, flush=True)
 
     def encoded(chunks: Dataset) -> Dataset:
@@ -76,6 +77,7 @@ def encode_split(
 
     accounts = write_split(
         layout,
+        units,
         output,
         parts,
         made_by={"encoding": encoding.identity()},
@@ -84,6 +86,7 @@ def encode_split(
         rows=chunk_rows(rows_per_file, batch_size, 0 if light else 3 * framing.resolution**2, _bytes_a_row(encoding)),
         encoded=encoded,
         max_rejected_fraction=max_rejected_fraction,
+        promised=promised,
     )
     _remember(output, parts, encoding, accounts.counts())
     return {**accounts.counts(), "shards": accounts.shards(), "encoding": encoding}
@@ -106,6 +109,7 @@ def write_squares(
     side = 3 * framing.resolution**2
     accounts = write_split(
         layout,
+        layout.units(),
         output,
         parts,
         made_by={"framing": framing.to_json()},

@@ -35,6 +35,7 @@ _REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in (*REJECTED, "split
 
 def write_split(
     layout: Layout,
+    units: Sequence[Unit],
     output: RunDir,
     parts: tuple[str, ...],
     *,
@@ -44,11 +45,13 @@ def write_split(
     rows: int,
     encoded: Callable[[Dataset], Dataset],
     max_rejected_fraction: float,
+    promised: int | None = None,
 ) -> Accounts:
     """Writes the rows of all units; called again after a kill, it goes on with the units that are not done.
 
     Args:
         layout: of the source.
+        units: the layout's, which are listed once a run: that may take minutes.
         output: the run directory.
         parts: where in it the rows go.
         made_by: what decides the files besides the source; rows that something else made are made again.
@@ -57,11 +60,11 @@ def write_split(
         rows: of a file.
         encoded: chunks of cropped rows -> chunks of the rows that are written (see ``rows.py``).
         max_rejected_fraction: of the source rows; and of the units, as to those that stay out of reach.
+        promised: see :func:`promised_rows`; for the progress.
 
     Raises:
         ConfigError: if the source has no units or no usable row, or too many rows are rejected.
     """
-    units = layout.units()
     ledger = Ledger(output, parts)
     found = ledger.begin(made_by)
     entries = fitting(found, units, ledger.files())
@@ -78,14 +81,14 @@ def write_split(
             batch_format="pyarrow",
             fn_kwargs={"output": output, "parts": parts},
         )
-        entries |= _collect(receipts, pending, entries, ledger, promised_rows(layout), label="/".join(parts))
+        entries |= _collect(receipts, pending, entries, ledger, promised, label="/".join(parts))
     return _settle(entries, output, parts, ledger, framing.views, max_rejected_fraction)
 
 
-def promised_rows(layout: Layout) -> int | None:
+def promised_rows(layout: Layout, units: Sequence[Unit]) -> int | None:
     """What the layout knows of its number of rows without reading them."""
     promised = getattr(layout, "promised_rows", None)
-    return promised() if promised is not None else None
+    return promised(units) if promised is not None else None
 
 
 def _cropped(layout: Layout, units: Sequence[Unit], framing: Framing, rows: int, light: bool) -> Dataset:

@@ -40,14 +40,14 @@ class WebDatasetLayout:
             Unit(index, name=file.address, version=file.version or "", address=file.address) for index, file in enumerate(files)
         ]
 
-    def promised_rows(self) -> int | None:
+    def promised_rows(self, units: Sequence[Unit]) -> int | None:
         """Sums what img2dataset's ``<shard>_stats.json`` files say; None if a shard has none."""
 
         def successes(unit: Unit) -> int:
             return int(json.loads(read_range(f"{unit.address.rsplit('.', 1)[0]}_stats.json", self.storage_options))["successes"])
 
         try:
-            return sum(outcome.result() for _, outcome in ahead(self.units(), successes))
+            return sum(outcome.result() for _, outcome in ahead(units, successes))
         except (Unreachable, OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -1,0 +1,274 @@
+"""The training plane, measured: steps against their floors, encoders inside the step, two workers, checkpoints.
+
+Every figure compares the stage's own worker, started by Ray Train as the pipeline starts it, with something leaner: the bare
+passes of its UNets in the same process, or another run of the same stage in the same job.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from aptp_ray.artifacts import RunDir, open_run
+from aptp_ray.config import Config, load_config
+from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.running import run_unet
+from aptp_ray.encoding import Encoding
+from aptp_ray.train.draws import Draws, decode_encoded
+from aptp_ray.train.feed import first_rows
+from aptp_ray.train.finetune import expert_worker
+from aptp_ray.train.launch import launch
+from aptp_ray.train.passes import autocast
+from aptp_ray.train.prune import prune_worker
+from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
+from benchmarks.sd21 import inline_ratio
+from cli import DEMO_CONFIG, ray_session
+from rows import encode_rows, encoder_spec, framing, layout_of, reader_of
+
+STEPS, WINDOW = 60, 20  # of a run, and those at its end that count: what starts up has started up
+KEPT_STEPS, KEPT_EVERY = 300, 50
+REPEATS = 12
+_IMAGES = ["data.source.train_images=1024", "data.source.validation_images=256"]
+
+
+def measure(say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs all parts; returns the ratios that the benchmark's last line holds, and what they are made of."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = configured(f"{folder}/run")
+        run = open_run(config)
+        run.prepare(config)
+        from aptp_ray.train.teacher import import_teacher
+
+        import_teacher(config, run)
+        with ray_session(config):
+            for split in ("train", "validation"):
+                encode_rows(config, run, split, ("encoded", split), run.address("teacher"))
+            figures = prune_step(run, say)
+            figures |= two_workers(run, say)
+            figures |= finetune_step(run, say)
+            figures |= checkpoints(run, say)
+    return figures
+
+
+def configured(run_dir: str, *options: str, workers: int = 1, threads: int = 2, steps: int = STEPS) -> Config:
+    """The demo's config, but with as many steps as it takes to measure, and codes that start without importance."""
+    loops = [
+        f"{name}={value}"
+        for loop in ("prune.loop", "finetune.apart")
+        for name, value in (
+            (f"{loop}.steps", steps),
+            (f"{loop}.log_every_steps", WINDOW),
+            (f"{loop}.checkpoint_every_steps", 10 * steps),
+        )
+    ]
+    return load_config(
+        DEMO_CONFIG,
+        [
+            f"run_dir={run_dir}",
+            *_IMAGES,
+            *loops,
+            "prune.start=zeros",
+            f"finetune.apart.workers={workers}",
+            f"compute.workers={workers}",
+            f"compute.threads_per_worker={threads}",
+            "tracking.mode=offline",
+            *options,
+        ],
+    )
+
+
+# -- steps against their floors ------------------------------------------------------------------------------------------
+
+
+def prune_step(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
+    """The prune stage's step against its UNets' bare passes, and against itself with the encoders inside."""
+    config = configured(run.root)
+    outcome, floor = launched(prune_and_floor, config, run, "prune")
+    batch = config.prune.loop.global_batch_size
+    step, bare, inline = batch / outcome["samples_per_second"], floor["seconds"], floor["encoders_seconds"]
+    say(
+        f"prune: {1e3 * step:.0f} ms a step of {batch}, its floor {1e3 * bare:.0f} ms (teacher and masked UNet forward, "
+        f"backward to the masks); encoders in fp32 would add {1e3 * inline:.0f} ms"
+    )
+    ratio, made_of = inline_ratio()
+    say(f"the same for SD 2.1, from MACs: {ratio:.2f} ({made_of})")
+    return {
+        "prune_vs_floor": round(step / bare, 3),
+        "prune_vs_inline_encoding": round((step + inline) / step, 3),
+        "prune_vs_inline_encoding_sd21_by_macs": round(ratio, 3),
+        "prune_samples_per_s": round(batch / step, 1),
+        "prune_floor_ms": round(1e3 * bare, 1),
+        "encoders_fp32_ms": round(1e3 * inline, 1),
+    }
+
+
+def finetune_step(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
+    """The step of an expert's run against its UNets' bare passes."""
+    config = configured(run.root)
+    outcome, floor = launched(expert_and_floor, config, run, "expert-0")
+    batch = config.finetune.apart.global_batch_size
+    step, bare = batch / outcome["samples_per_second"], floor["seconds"]
+    say(
+        f"finetune: {1e3 * step:.0f} ms a step of {batch}, its floor {1e3 * bare:.0f} ms (teacher forward, expert forward "
+        "and backward, AdamW)"
+    )
+    return {
+        "finetune_vs_floor": round(step / bare, 3),
+        "finetune_samples_per_s": round(batch / step, 1),
+        "finetune_floor_ms": round(1e3 * bare, 1),
+    }
+
+
+def launched(worker: Any, config: Config, run: RunDir, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs a stage's worker as its stage does; returns its outcome, and what the worker measured besides."""
+    outcome = launch(worker, config=config, run=run, name=name, **inputs_of(worker, config, run))
+    return outcome, run.read_json("train", name, "floor.json") if run.exists("train", name, "floor.json") else {}
+
+
+def inputs_of(worker: Any, config: Config, run: RunDir) -> dict[str, Any]:
+    """What the stage of a worker launches it on. An expert gets all rows: how fast it learns does not depend on which."""
+    from stages import finetune_extra, prune_run
+
+    if worker in (prune_worker, prune_and_floor):
+        return prune_run(config, run)
+    return {
+        "loop": config.finetune.apart,
+        "rows": reader_of(config, run, "encoded", "train", embedding=True),
+        "extra": finetune_extra(config, run, ("encoded", "train")) | {"expert": 0},
+    }
+
+
+def prune_and_floor(settings: dict[str, Any]) -> None:
+    """The prune stage's worker; then, in the same process, the bare passes of a step, and the encoders in fp32."""
+    prune_worker(settings)
+    worker = Worker.start(settings)
+    teacher, inputs = bare_step(worker, settings)
+    gated = GatedUNet(teacher)
+    masks = torch.rand(len(inputs["sample"]), gated.space.dim, requires_grad=True)
+
+    def step() -> None:
+        with autocast(worker.place.device, worker.config.prune.loop.precision):
+            with torch.no_grad():
+                target = run_unet(gated, *inputs.values())
+            with gated.use(masks):
+                output = run_unet(gated, *inputs.values())
+        masks.grad = None
+        (output.float() - target.float()).square().mean().backward()
+
+    figures = {"seconds": median_seconds(step), "encoders_seconds": median_seconds(encoders(worker))}
+    worker.run.write_json(figures, "train", worker.name, "floor.json")
+
+
+def expert_and_floor(settings: dict[str, Any]) -> None:
+    """An expert's worker; then, in the same process, the bare passes of a step."""
+    from aptp_ray.core.pruned_model import PrunedUNet2DConditionModel
+
+    expert_worker(settings)
+    worker = Worker.start(settings)
+    teacher, inputs = bare_step(worker, settings)
+    student = PrunedUNet2DConditionModel.from_pretrained(worker.run.local("experts", "0"))
+    fast_attention(student, worker.place.device).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with autocast(worker.place.device, worker.config.finetune.apart.precision):
+            with torch.inference_mode():
+                target = run_unet(teacher, *inputs.values())
+            output = run_unet(student, *inputs.values())
+        optimizer.zero_grad(set_to_none=True)
+        (output.float() - target.float()).square().mean().backward()
+        optimizer.step()
+
+    worker.run.write_json({"seconds": median_seconds(step)}, "train", worker.name, "floor.json")
+
+
+def bare_step(worker: Worker, settings: dict[str, Any]) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+    """The teacher, and one batch as its forward takes it."""
+    folder = worker.run.local("teacher")
+    teacher = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).eval()
+    encoding = Encoding.from_json(settings["encoding"])
+    batch = worker.config.prune.loop.global_batch_size
+    draws = Draws(0, "benchmark", batch, encoding, len(noise_schedule(folder).alphas_cumprod))
+    rows = decode_encoded(first_rows(worker.rows, batch), encoding)
+    drawn = draws(rows, 0, slice(0, batch))
+    inputs = {
+        "sample": drawn["noise"],
+        "timesteps": drawn["timesteps"],
+        "text_states": drawn["text_states"],
+        "text_mask": None,
+    }
+    return fast_attention(teacher, worker.place.device), inputs
+
+
+def encoders(worker: Worker) -> Callable[[], Any]:
+    """What the reference does inside of a step: VAE, text and prompt encoder in fp32 over the batch's images and captions."""
+    from aptp_ray.data.encoder import Encoder
+    from aptp_ray.data.rows import cropped_table, framed
+
+    config, run = worker.config, worker.run
+    layout, frame = layout_of(config, run, "train"), framing(config)
+    samples = islice((row for unit in layout.units() for row in layout.read(unit)), config.prune.loop.global_batch_size)
+    squares = cropped_table([square for row in samples for square in framed(row, frame)])
+    threads = config.compute.threads_per_worker
+    encoder = Encoder(replace(encoder_spec(config, run.address("teacher")), precision="fp32", threads=threads))
+    return lambda: encoder(squares)
+
+
+def median_seconds(step: Callable[[], Any]) -> float:
+    """Median time of a call, after two that warm up."""
+    taken = []
+    for _ in range(REPEATS + 2):
+        begun = time.monotonic()
+        step()
+        taken.append(time.monotonic() - begun)
+    return statistics.median(taken[2:])
+
+
+# -- workers and checkpoints ---------------------------------------------------------------------------------------------
+
+
+def two_workers(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
+    """Samples a second of two prune workers with a thread each against one such worker: as many rows each, and half of them.
+
+    With half of the rows a worker's passes are less efficient: each has the same thousands of small operations to start.
+    """
+    batch = configured(run.root).prune.loop.global_batch_size
+    rates = {}
+    for workers, rows in ((1, batch), (2, batch), (2, batch // 2)):
+        option = f"prune.loop.global_batch_size={workers * rows}"
+        config = configured(run.root, option, workers=workers, threads=1)
+        outcome, _ = launched(prune_worker, config, run, f"prune-{workers}-workers-{rows}")
+        rates[workers, rows] = outcome["samples_per_second"]
+        say(f"prune, workers of one thread and {rows} rows: {workers} give {rates[workers, rows]:.1f} samples/s")
+    alone = rates[1, batch]
+    return {
+        "two_workers_speedup": round(rates[2, batch] / alone, 3),
+        "two_workers_speedup_same_global_batch": round(rates[2, batch // 2] / alone, 3),
+        "one_worker_samples_per_s": round(alone, 1),
+        "two_workers_samples_per_s": round(rates[2, batch], 1),
+    }
+
+
+def checkpoints(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
+    """Time of an expert's run that keeps a checkpoint every 50 steps, against one that keeps the last alone.
+
+    Both turns are run twice, in the order with, without, without, with, so that a machine that slowly changes its pace favors
+    neither.
+    """
+    seconds: dict[int, list[float]] = {KEPT_EVERY: [], KEPT_STEPS: []}
+    for turn, every in enumerate((KEPT_EVERY, KEPT_STEPS, KEPT_STEPS, KEPT_EVERY)):
+        option = f"finetune.apart.checkpoint_every_steps={every}"
+        config = configured(run.root, option, steps=KEPT_STEPS // 2)
+        outcome, _ = launched(expert_worker, config, run, f"expert-turn-{turn}")
+        seconds[every].append(outcome["train_seconds"])
+    with_them, without = sum(seconds[KEPT_EVERY]), sum(seconds[KEPT_STEPS])
+    say(f"finetune, {KEPT_STEPS} steps: {with_them:.1f} s with a checkpoint every {KEPT_EVERY} steps, {without:.1f} s with none")
+    return {"checkpoint_overhead": round(with_them / without - 1, 4), "seconds_by_checkpoints": seconds}
