@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from aptp_ray.credentials import has_password, masked, revealed
+from aptp_ray.evaluate_sections import Evaluation
 from aptp_ray.sections import (
     HOW,
     Compute,
@@ -53,6 +54,7 @@ class Config(Section):
     prune: Prune = Prune()
     finetune: Finetune = Finetune()
     sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
     report: Report = Report()
     serve: Serve = Serve()
     compute: Compute = Compute()

@@ -48,6 +48,9 @@ class Serve(Section):
     route_wait_ms: float = Field(
         0.0, ge=0.0, le=1000.0, description="to wait for more prompts; at 0, what comes while a batch is embedded forms the next"
     )
+    route_workers: Annotated[int, Field(ge=1, le=16)] = Field(
+        2, description="threads of a router that embed the prompts of long lists; one of them also those of requests for images"
+    )
     timeout_s: float = Field(300.0, gt=0.0, le=86400.0, description="deadline of a request, which may ask for less")
     spill: bool = Field(False, description="a cheaper expert may take a prompt whose own would break latency_budget_ms")
     latency_budget_ms: float | None = Field(None, gt=0.0, description="from arrival to image, for spill")

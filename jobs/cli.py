@@ -1,6 +1,16 @@
 """What every job script shares: arguments, the local or remote Ray, and the line of JSON at the end.
 
-    python jobs/<stage>.py CONFIG [key=value ...] [--run-dir URI] [--overwrite]
+    python jobs/<stage>.py CONFIG [key=value ...] [--run-dir URI] [--overwrite] [--dry-run]
+
+The last line of standard output is one of JSON, however a job ends: its figures, or {"stage", "error", "exit_code"}. Exit codes:
+
+    0    done, or done before
+    1    a failure that the program did not foresee (its traceback is on standard error); run the same command again
+    2    something to be mended first: config, data, run directory, credentials, resources; "error" says what
+    130  interrupted (SIGINT), and 143 stopped (SIGTERM): the same command goes on from the newest checkpoint
+
+`ray job stop` sends SIGTERM and kills three seconds later (RAY_JOB_STOP_WAIT_TIME_S of the cluster); a job that was killed has no
+last line, and goes on just the same.
 """
 
 from __future__ import annotations
@@ -8,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +33,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 # Ray 2.60 would otherwise warn in every worker that it overrides the accelerators of CPU actors.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Seconds between two looks of Serve's controller at its replicas: its default of 0.1 takes a fiftieth of two cores (measured).
+os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
 
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config, UserError, load_config
@@ -32,7 +45,9 @@ DEMO_CONFIG = str(_ROOT / "jobs" / "configs" / "openmoji.yaml")
 Stage = Callable[[Config, RunDir], dict[str, Any]]
 
 
-def parser(description: str | None, *, default_config: str | None = None) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, *, default_config: str | None = None, can_dry_run: bool = False
+) -> argparse.ArgumentParser:
     """Returns the arguments that all jobs take."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument(
@@ -41,6 +56,10 @@ def parser(description: str | None, *, default_config: str | None = None) -> arg
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. prune.budget=0.5")
     arguments.add_argument("--run-dir", help="run directory, any fsspec URI (run_dir of the config)")
     arguments.add_argument("--overwrite", action="store_true", help="make a stage again that was made with another config")
+    if can_dry_run:
+        arguments.add_argument(
+            "--dry-run", action="store_true", help="say what would run, on which resources and with how much storage; do nothing"
+        )
     return arguments
 
 
@@ -56,6 +75,11 @@ def load(options: argparse.Namespace) -> Config:
     return load_config(path, overrides)
 
 
+def on_a_cluster() -> bool:
+    """Tells whether the job was submitted to a cluster, or its environment names one."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+
+
 @contextmanager
 def ray_session(config: Config) -> Any:
     """Connects to the cluster that the job runs on, or starts a local one.
@@ -68,7 +92,7 @@ def ray_session(config: Config) -> Any:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+    if on_a_cluster():
         ray.init(log_to_driver=False)
     else:
         cores = os.cpu_count() or 1
@@ -121,10 +145,15 @@ def finish(line: dict[str, Any]) -> None:
 
 def main(name: str, stage: Stage, description: str | None) -> None:
     """The whole of a job that runs one stage."""
-    options = parser(description).parse_intermixed_args()
-    with errors_on_one_line():
+    options = parser(description, can_dry_run=True).parse_intermixed_args()
+    with errors_on_one_line(name):
         config = load(options)
         run = open_run(config)
+        if options.dry_run:
+            from dry_run import dry_run
+
+            finish({"run_dir": run.uri, "stage": name, **dry_run(config, run, [name], overwrite=options.overwrite)})
+            return
         with ray_session(config):
             entry = run_stage(name, stage, config, run, overwrite=options.overwrite)
     figures = {k: v for k, v in entry.items() if k not in {"versions", "config_hash", "finished_at"}}
@@ -132,10 +161,56 @@ def main(name: str, stage: Stage, description: str | None) -> None:
 
 
 @contextmanager
-def errors_on_one_line() -> Any:
-    """Turns a user's mistake into one line and exit code 2; anything else keeps its traceback."""
+def errors_on_one_line(stage: str | None = None) -> Any:
+    """Ends a job that fails with its line of JSON and the exit code that the module's head documents.
+
+    A user's mistake is told on one line; anything else keeps its traceback.
+
+    Args:
+        stage: for the line; None: the script's name.
+    """
+    stage = stage or Path(sys.argv[0]).stem
+    with _stopped_by_sigterm():
+        try:
+            yield
+        except UserError as error:
+            say(f"error: {error}")
+            raise _ended(stage, str(error), 2) from None
+        except KeyboardInterrupt:
+            raise _ended(stage, "interrupted; the same command goes on where it stopped", 130) from None
+        except _Stopped:
+            raise _ended(stage, "stopped; the same command goes on where it stopped", 143) from None
+        except SystemExit as end:
+            if end.code != signal.SIGTERM:  # Ray's own handler, once it is connected, leaves with the signal's number
+                raise
+            raise _ended(stage, "stopped; the same command goes on where it stopped", 143) from None
+        except Exception as error:
+            finish({"stage": stage, "error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", "exit_code": 1})
+            raise
+
+
+class _Stopped(BaseException):
+    """SIGTERM came."""
+
+
+def _ended(stage: str, error: str, code: int) -> SystemExit:
+    finish({"stage": stage, "error": error, "exit_code": code})
+    return SystemExit(code)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Any:
+    """Lets SIGTERM unwind the job instead of ending the process where it is, so that Ray is told and the last line is written."""
+
+    def stop(*_: Any) -> None:
+        raise _Stopped
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever has that one decides
+        yield
+        return
     try:
         yield
-    except UserError as error:
-        say(f"error: {error}")
-        raise SystemExit(2) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

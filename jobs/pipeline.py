@@ -46,11 +46,17 @@ def figures(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parser(__doc__).parse_intermixed_args()
+    options = parser(__doc__, can_dry_run=True).parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
         config = load(options)
         run = open_run(config)
+        if options.dry_run:
+            from dry_run import dry_run
+
+            found = dry_run(config, run, list(STAGE_FUNCTIONS), overwrite=options.overwrite)
+            finish({"run_dir": run.uri, "stage": "pipeline", **found})
+            return
         check(config, run, overwrite=options.overwrite)
         with ray_session(config):
             run_pipeline(config, run, overwrite=options.overwrite)

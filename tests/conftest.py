@@ -10,7 +10,26 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each would wait for one another on two cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+# Tests of these files take minutes, and do not need the session's Ray.
+_LONG = ("test_readme.py", "test_ranks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Parts the tests between two processes (``pytest -n 2``): files that use the session's Ray go to one, in one piece."""
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+
+    def turn(item: pytest.Item) -> int:
+        return 0 if item.path in on_ray else 1 if item.path.name in _LONG else 2
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else str(item.path)))
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import tomllib
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -44,7 +46,8 @@ def parse(name: str) -> dict[str, Any]:
 def test_the_expected_files_are_there() -> None:
     names = {str(path.relative_to(REPOSITORY)) for path in FILES}
     assert names >= {"clusters/Dockerfile", "clusters/aws.yaml", "clusters/gcp.yaml", "jobs/runtime_env.yaml"}
-    assert names >= {f"clusters/kuberay/{name}.yaml" for name in KUBERAY}
+    assert names >= {f"clusters/kuberay/{name}.yaml" for name in (*KUBERAY, "podmonitor")}
+    assert names >= {"clusters/fleet.yaml", "clusters/grafana/dashboard.json", "clusters/grafana/README.md"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -93,6 +96,9 @@ def test_autoscaler_opens_nothing_and_installs_nothing(prepared: dict[str, Any])
     start = " ".join(prepared["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start and "--autoscaling-config=" in start
     assert "0.0.0.0" not in str(prepared)
+    # Every process of every node asks for the token, which is no part of the file: it comes from the user's own machine.
+    assert "--env RAY_AUTH_MODE=token" in prepared["docker"]["run_options"]
+    assert prepared["file_mounts"]["/home/ray/.ray/auth_token"].endswith("/.ray/auth_token")
     installing = ("setup_commands", "head_setup_commands", "worker_setup_commands")
     assert not any(prepared.get(name) for name in installing), "Ray's defaults would put another Ray over the image's"
     assert prepared["docker"]["image"] and prepared["docker"]["container_name"]
@@ -138,6 +144,60 @@ def test_kuberay_objects(name: str, kind: str) -> None:
         assert kind == "RayService" or group["minReplicas"] == 0
         # KubeRay's start parameters are strings.
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+# Fields of KubeRay's custom resources (version 1.5), below which Kubernetes' own begin: what is not here, the operator ignores or
+# its schema refuses.
+FIELDS = {
+    "RayCluster": "suspend managedBy autoscalerOptions headServiceAnnotations enableInTreeAutoscaling gcsFaultToleranceOptions "
+    "headGroupSpec rayVersion workerGroupSpecs authOptions upgradeStrategy",
+    "headGroupSpec": "template headService enableIngress rayStartParams serviceType labels resources",
+    "workerGroupSpecs": "groupName replicas minReplicas maxReplicas rayStartParams template scaleStrategy numOfHosts "
+    "idleTimeoutSeconds suspend labels resources",
+    "autoscalerOptions": "resources image imagePullPolicy securityContext idleTimeoutSeconds upscalingMode version env envFrom "
+    "volumeMounts",
+    "authOptions": "mode",
+    "RayJob": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector submitterConfig "
+    "managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources entrypointNumCpus "
+    "entrypointNumGpus ttlSecondsAfterFinished shutdownAfterJobFinishes suspend preRunningDeadlineSeconds",
+    "RayService": "serviceUnhealthySecondThreshold deploymentUnhealthySecondThreshold serveService upgradeStrategy serveConfigV2 "
+    "rayClusterConfig excludeHeadPodFromServeSvc rayClusterDeletionDelaySeconds",
+    "clusterUpgradeOptions": "gatewayClassName maxSurgePercent stepSizePercent intervalSeconds",
+    "pod": "serviceAccountName securityContext containers volumes nodeSelector tolerations affinity initContainers "
+    "terminationGracePeriodSeconds priorityClassName topologySpreadConstraints",
+    "container": "name image imagePullPolicy securityContext env envFrom resources volumeMounts ports lifecycle command args "
+    "livenessProbe readinessProbe",
+}
+
+
+def unknown(kind: str, tree: dict[str, Any]) -> set[str]:
+    return {f"{kind}.{name}" for name in set(tree) - set(FIELDS[kind].split())}
+
+
+@pytest.mark.parametrize(("name", "kind"), KUBERAY.items())
+def test_every_field_is_one_of_the_operators(name: str, kind: str) -> None:
+    tree, spec = parse(f"kuberay/{name}"), cluster_spec(name)
+    wrong = unknown(kind, tree["spec"]) | unknown("RayCluster", spec)
+    for part in ("headGroupSpec", "autoscalerOptions", "authOptions"):
+        wrong |= unknown(part, spec[part])
+    for group in spec["workerGroupSpecs"]:
+        wrong |= unknown("workerGroupSpecs", group)
+    for _, pod in pods(name):
+        wrong |= unknown("pod", pod)
+        for container in pod["containers"]:
+            wrong |= unknown("container", container)
+    assert not wrong and set(tree) == {"apiVersion", "kind", "metadata", "spec"}
+
+
+def test_a_misspelled_field_would_be_found() -> None:
+    assert unknown("RayCluster", {"enableInTreeAutoScaling": True}) == {"RayCluster.enableInTreeAutoScaling"}
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_tokens_are_asked_for_from_a_ray_that_has_them(name: str) -> None:
+    spec = cluster_spec(name)
+    assert spec["authOptions"] == {"mode": "token"}
+    assert tuple(map(int, spec["rayVersion"].split("."))) >= (2, 52, 0)
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -191,7 +251,70 @@ def test_the_ray_services_application_is_ours() -> None:
     assert module == app.__name__ and callable(getattr(app, builder))
     assert app.ServeArgs.model_validate(application.args).run_dir.startswith("s3://")
     assert deployed.http_options.port == 8000 and application.route_prefix == "/"
-    assert spec["upgradeStrategy"]["type"] in {"NewCluster", "NewClusterWithIncrementalUpgrade", "None"}
+    # An upgrade does not ask for all GPUs twice.
+    strategy = spec["upgradeStrategy"]
+    assert strategy["type"] == "NewClusterWithIncrementalUpgrade" and not unknown(
+        "clusterUpgradeOptions", strategy["clusterUpgradeOptions"]
+    )
+    assert 0 < strategy["clusterUpgradeOptions"]["stepSizePercent"] <= strategy["clusterUpgradeOptions"]["maxSurgePercent"] <= 50
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------------------
+
+
+def documented_metrics() -> dict[str, tuple[str, set[str]]]:
+    """Name -> (kind, tags), of the service's own metrics."""
+    from aptp_ray.serve import metrics
+
+    rows = re.findall(r"^\| ``(aptp_\w+)`` \| (\w+) \| ([^|]+) \|", metrics.__doc__ or "", re.MULTILINE)
+    return {name: (kind, set(re.findall(r"``(\w+)``", tags))) for name, kind, tags in rows}
+
+
+def dashboard_queries() -> list[str]:
+    tree = json.loads((CLUSTERS / "grafana" / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in tree["panels"] for target in panel.get("targets", [])]
+    return queries + [entry["definition"] for entry in tree["templating"]["list"] if "definition" in entry]
+
+
+def test_the_dashboard_shows_every_metric_of_the_service_and_no_other() -> None:
+    known, text = documented_metrics(), (REPOSITORY / "aptp_ray" / "serve" / "metrics.py").read_text()
+    assert len(known) > 10 and all(f'"{name}"' in text for name in known)  # the documented ones are those that are made
+    suffixes = {"counter": {"_total"}, "gauge": {""}, "histogram": {"_bucket", "_sum", "_count"}}
+    exported = {f"ray_{name}{suffix}": name for name, (kind, _) in known.items() for suffix in suffixes[kind]}
+    used = {name for query in dashboard_queries() for name in re.findall(r"\bray_aptp_\w+", query)}
+    assert used <= set(exported), used - set(exported)
+    assert {exported[name] for name in used} == set(known)
+
+
+def test_the_dashboard_asks_for_tags_that_its_metrics_have() -> None:
+    known = documented_metrics()
+    for query in dashboard_queries():
+        for name, selector in re.findall(r"\bray_(aptp_\w+?)(?:_total|_bucket|_sum|_count)?\{([^}]*)\}", query):
+            tags = known[name][1] | {"deployment", "replica", "application"}
+            asked = set(re.findall(r"(\w+)(?:=~|!=|!~|=)", selector))
+            assert asked <= tags, f"{name} has no {asked - tags}"
+        # Rates over counters and histograms alone.
+        assert not re.search(r"rate\(ray_aptp_in_flight", query)
+
+
+def test_the_dashboards_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
+    panels = json.loads((CLUSTERS / "grafana" / "dashboard.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for panel in panels
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
+
+
+def test_prometheus_finds_the_pods() -> None:
+    tree = parse("kuberay/podmonitor")
+    assert (tree["apiVersion"], tree["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
+    (expression,) = tree["spec"]["selector"]["matchExpressions"]
+    assert expression == {"key": "ray.io/node-type", "operator": "In", "values": ["head", "worker"]}  # KubeRay's labels
+    assert [endpoint["port"] for endpoint in tree["spec"]["podMetricsEndpoints"]] == ["metrics"]
 
 
 # -- image and working directory -----------------------------------------------------------------------------------------------
@@ -204,7 +327,9 @@ def test_the_image_is_small_runs_as_no_root_and_copies_what_exists() -> None:
     assert next(rest for word, rest in steps if word == "ARG") == "PYTHON=3.11"
     users = [rest for word, rest in steps if word == "USER"]
     assert users and users[-1] not in {"root", "0"}
-    assert "pip install --no-cache-dir ." in " ".join(rest for word, rest in steps if word == "RUN")
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (asked,) = re.findall(r'pip install --no-cache-dir "\.\[([\w,]+)\]"', " ".join(rest for word, rest in steps if word == "RUN"))
+    assert set(asked.split(",")) <= set(extras)
     copied = {name for word, rest in steps if word == "COPY" for name in rest.split()[:-1] if not name.startswith("--")}
     assert copied == {"pyproject.toml", "README.md", "LICENSE", "NOTICE", "aptp_ray", "jobs"}
     assert copied - {"pyproject.toml", "README.md"} <= {path.name for path in REPOSITORY.iterdir()}
@@ -220,11 +345,12 @@ def test_what_travels_with_a_job(tmp_path: Path) -> None:
     stays = (
         ".git/HEAD", ".venv/bin/python", "runs/x/manifest.json", "wandb/run/log", "jobs/wandb/run/log", "tests/test_x.py",
         "aptp_ray/__pycache__/x.pyc", ".pytest_cache/x", ".mypy_cache/x", "data/train/0.tar", "shards/0.tar", ".env", "key.pem",
-        "aptp_ray.egg-info/PKG-INFO", "build/lib/x.py", "part-0.parquet",
+        "aptp_ray.egg-info/PKG-INFO", "build/lib/x.py", "part-0.parquet", ".hypothesis/x", "id.key", "my-credentials.json",
     )  # fmt: skip
     travels = (
         "aptp_ray/__init__.py", "aptp_ray/data/schema.py", "aptp_ray/demo/weights/unet/diffusion_pytorch_model.safetensors",
-        "aptp_ray/serve/web/index.html", "jobs/pipeline.py", "jobs/configs/openmoji.yaml", "pyproject.toml", "README.md",
+        "aptp_ray/serve/web/index.html", "aptp_ray/credentials.py", "clusters/fleet.yaml",
+        "jobs/pipeline.py", "jobs/configs/openmoji.yaml", "pyproject.toml", "README.md",
     )  # fmt: skip
     for name in stays + travels:
         path = tmp_path / "checkout" / name

@@ -43,7 +43,7 @@ def jobs_of_readme() -> list[list[str]]:
 
 def test_readme_shows_the_quickstart_and_the_tests() -> None:
     assert any(c.startswith("python3 -m venv") and c.endswith("jobs/quickstart.py") for c in COMMANDS)
-    assert any(c.startswith("python3 -m venv") and c.endswith("-m pytest") for c in COMMANDS)
+    assert any(c.startswith("python3 -m venv") and c.endswith("-m pytest -n 2") for c in COMMANDS)
 
 
 @pytest.mark.parametrize("words", jobs_of_readme(), ids=" ".join)

@@ -17,6 +17,9 @@ import torch
 
 # Of the GPU's memory, what the largest batch may leave in use: VAE decodes and other shapes need some, too.
 _MEMORY_SHARE = 0.8
+# A large model on a CPU takes minutes for all sizes. Below this, every size is measured: one that was left out because the
+# machine was busy with something else, such as a start-up, would be missing from the record for good.
+_LONGEST_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class BatchProfile:
     plain_ms: tuple[float, ...]
     stopped: str = ""
 
-    def best(self, *, min_gain: float = 0.1, max_step_ms: float | None = None) -> int:
+    def best(self, *, min_gain: float = 0.05, max_step_ms: float | None = None) -> int:
         """Returns the largest batch that pays: the last size that drew more images a second than all before it, by enough.
 
-        Images in a batch wait for one another, so a size that adds next to no throughput only adds latency.
+        Images in a batch wait for one another, so a size that adds next to no throughput only adds latency. But a batch grows
+        only when images wait in line, and these would wait longer still.
 
         Args:
             min_gain: what doubling the batch must add to the images per second, as a fraction; in proportion for other
@@ -104,15 +108,17 @@ def measure_profile(
     *,
     device: str = "",
     seconds: float = 2.0,
+    longest_s: float = _LONGEST_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> BatchProfile:
-    """Times calls at growing sizes: at least once each, and again, round by round, while there is time.
+    """Times calls at growing sizes: twice each, and again, round by round, while there is time.
 
     Args:
         time_call: rows of a UNet call -> its seconds. May raise ``torch.OutOfMemoryError`` or ``MemoryError``.
         sizes: images, growing.
         device: its name, for the record.
-        seconds: for all of it; what has begun is finished. The least of a size's times counts.
+        seconds: after which no further round begins. The least of a size's times counts.
+        longest_s: after which no larger size begins.
         clock: in seconds.
     """
     began = clock()
@@ -120,8 +126,8 @@ def measure_profile(
     measured: list[int] = []
     stopped = "all sizes measured"
     for size in sizes:
-        if measured and clock() - began > seconds:
-            stopped = f"{seconds:g} s were over"
+        if measured and clock() - began > longest_s:
+            stopped = f"{longest_s:g} s were over"
             break
         try:
             for rows in (size, 2 * size):
@@ -158,7 +164,7 @@ def profile_unet(
         latent_shape: (channels, height, width).
         num_tokens: of a prompt.
         limit: largest number of images.
-        seconds: about how long it may take, the first call aside.
+        seconds: about how long it takes where the calls are quick; see :func:`measure_profile`.
     """
     weight = next(unet.parameters())
     device, cuda = weight.device, weight.device.type == "cuda"

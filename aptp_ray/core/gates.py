@@ -1,4 +1,4 @@
-"""Masks on a stock diffusers UNet, by hooks: nothing forked, the state dict unchanged.
+"""Masks on a stock diffusers model, by hooks: nothing forked, the state dict unchanged.
 
 Each sample of a batch runs under its own code. A width mask acts where a zero is exactly an absent channel: after
 `norm2`, before `to_out[0]` by head, before `ff.net[2]` by chunk. A depth mask m mixes (1 - m) * x + m * module(x).
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers.models.transformers.transformer_2d import Transformer2DModelOutput
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aptp_ray.core.backbones import Backbone
 from aptp_ray.core.sites import Site
 from aptp_ray.core.space import ArchitectureSpace
 
@@ -68,7 +68,7 @@ class GatedUNet(nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: Backbone,
         space: ArchitectureSpace | None = None,
         *,
         gate_placement: GatePlacement = "after_norm",
@@ -135,7 +135,7 @@ class GatedUNet(nn.Module):
         """Same arguments and return value as the UNet's forward."""
         return self.unet(*args, **kwargs)
 
-    def remove(self) -> UNet2DConditionModel:
+    def remove(self) -> Backbone:
         """Takes all hooks off and returns the UNet; afterwards `use` has no effect."""
         for handle in self._handles:
             handle.remove()
@@ -143,7 +143,7 @@ class GatedUNet(nn.Module):
         return self.unet
 
 
-def _hook_run(unet: UNet2DConditionModel, masks: _Masks) -> list[RemovableHandle]:
+def _hook_run(unet: Backbone, masks: _Masks) -> list[RemovableHandle]:
     """Hooks on the whole UNet: its batch decides how often codes repeat."""
     checkpointing: list[Any] = [module for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
     originals: list[tuple[Any, Callable[..., Any]]] = []
@@ -165,7 +165,8 @@ def _hook_run(unet: UNet2DConditionModel, masks: _Masks) -> list[RemovableHandle
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if masks.codes is None:
             return
-        sample: Tensor = args[0] if args else kwargs["sample"]
+        # A UNet names its input `sample`, a transformer `hidden_states`.
+        sample: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         batch, codes = sample.shape[0], masks.codes.shape[0]
         if codes == 0 or batch % codes:
             raise ValueError(
@@ -237,14 +238,14 @@ def _before_linear(site: Site, masks: _Masks) -> Callable[..., Any]:
 
 def _around_module(site: Site, masks: _Masks) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        # ResnetBlock2D names its input `input_tensor`, Transformer2DModel `hidden_states`.
+        # ResnetBlock2D names its input `input_tensor`, transformers and their layers `hidden_states`.
         x: Tensor = args[0] if args else kwargs["input_tensor" if "input_tensor" in kwargs else "hidden_states"]
         wrapped = not isinstance(output, Tensor)
         y: Tensor = output[0] if wrapped else output
         mask = masks.of(site, y)
         if mask is None:
             return None
-        m = mask[:, :, None, None]  # [batch, 1, 1, 1]
+        m = mask.reshape(-1, *[1] * (y.ndim - 1))  # [batch, 1, 1, 1], or [batch, 1, 1] for tokens
         # In an up block the input is [hidden, skip]: its leading channels are what flows on without the module.
         mixed = (1 - m) * x[:, : y.shape[1]].to(y.dtype) + m * y
         if not wrapped:

@@ -15,6 +15,7 @@ from torch import Tensor
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.hardening import average_rank
 from aptp_ray.core.macs import MacsModel
+from aptp_ray.core.running import run_unet
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,7 @@ def _rises(
 def _forward(gated: GatedUNet, batch: ImportanceBatch, rows: Tensor) -> Tensor:
     rows = rows.to(batch.sample.device)
     mask = None if batch.text_mask is None else batch.text_mask[rows]
-    return gated(
-        batch.sample[rows],
-        batch.timesteps[rows],
-        encoder_hidden_states=batch.text_states[rows],
-        encoder_attention_mask=mask,
-    ).sample
+    return run_unet(gated, batch.sample[rows], batch.timesteps[rows], batch.text_states[rows], mask)
 
 
 def _labels(batch: ImportanceBatch) -> Sequence[str]:

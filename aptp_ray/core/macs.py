@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from aptp_ray.core.backbones import Backbone, bare, model_inputs
 from aptp_ray.core.sites import Site
 from aptp_ray.core.space import ArchitectureSpace
 
@@ -49,7 +50,7 @@ class MacsModel:
     @classmethod
     def measure(
         cls,
-        unet: UNet2DConditionModel,
+        unet: Backbone,
         latent_size: tuple[int, int],
         num_tokens: int = 77,
         space: ArchitectureSpace | None = None,
@@ -175,7 +176,7 @@ class MacsModel:
         )
 
 
-def count_macs(unet: UNet2DConditionModel, latent_size: tuple[int, int], num_tokens: int = 77) -> int:
+def count_macs(unet: Any, latent_size: tuple[int, int], num_tokens: int = 77) -> int:
     """MACs of one forward of any UNet (teacher or pruned) for one sample, by torch's counter on the meta device.
 
     Args:
@@ -189,12 +190,12 @@ def count_macs(unet: UNet2DConditionModel, latent_size: tuple[int, int], num_tok
     return _count_modules(unet, latent_size, num_tokens)[""]
 
 
-def _count_modules(unet: UNet2DConditionModel, latent_size: tuple[int, int], num_tokens: int) -> dict[str, int]:
+def _count_modules(unet: Any, latent_size: tuple[int, int], num_tokens: int) -> dict[str, int]:
     """MACs by module path; "" is the whole UNet."""
     height, width = latent_size
     if min(height, width, num_tokens) < 1:
         raise ValueError(f"latent_size={latent_size} and num_tokens={num_tokens} must be positive")
-    skeleton = _meta_copy(unet)
+    skeleton = _meta_copy(bare(unet))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         skeleton(**_meta_inputs(skeleton, height, width, num_tokens))
@@ -207,7 +208,7 @@ def _count_modules(unet: UNet2DConditionModel, latent_size: tuple[int, int], num
     return counts
 
 
-def _meta_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def _meta_copy(unet: nn.Module) -> Any:
     """Copy without storage, hooks or fused attention kernels: shapes only."""
     memo: dict[int, Any] = {}
     for tensor in (*unet.parameters(), *unet.buffers()):
@@ -228,12 +229,16 @@ def _meta_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return skeleton
 
 
-def _meta_inputs(unet: UNet2DConditionModel, height: int, width: int, num_tokens: int) -> dict[str, Any]:
-    """One sample's inputs, for the conditionings of Stable Diffusion 1.5, 2.1, XL and the like."""
+def _meta_inputs(unet: Any, height: int, width: int, num_tokens: int) -> dict[str, Any]:
+    """One sample's inputs, for the conditionings of Stable Diffusion 1.5, 2.1, XL, PixArt and the like."""
     config: Any = unet.config
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device="meta")
+
+    if isinstance(unet, PixArtTransformer2DModel):
+        text = zeros(1, num_tokens, config.caption_channels or config.cross_attention_dim)
+        return model_inputs(unet, zeros(1, config.in_channels, height, width), zeros(1, dtype=torch.long), text)
 
     if config.encoder_hid_dim_type not in (None, "text_proj"):
         raise ValueError(f"encoder_hid_dim_type={config.encoder_hid_dim_type!r} needs image embeddings: not countable")

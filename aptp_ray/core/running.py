@@ -1,4 +1,4 @@
-"""Running a UNet and looking into it: its call in its own precision, what its blocks put out, and its compilation."""
+"""Running a model and looking into it: its call in its own precision, what its blocks put out, and its compilation."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
+
+from aptp_ray.core.backbones import blocks_of, model_inputs, prediction_of
 
 
 class BlockRecorder:
-    """Records the outputs of each down block, the mid block and each up block of a UNet, in forward order.
+    """Records the outputs of each block of a UNet (down, mid, up) or layer of a transformer, in forward order.
 
     The hooks stay, and put what they see into one list for good: a compiled UNet has traced them, and would not notice
     others that come later.
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        """Puts the hooks on `unet`."""
+    def __init__(self, unet: Any) -> None:
+        """Puts the hooks on `unet`, a stock or pruned model."""
         self._outputs: list[Tensor] = []
-        blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
-        self._handles = [
-            unet.register_forward_pre_hook(self._clear), *(block.register_forward_hook(self._record) for block in blocks)
-        ]  # fmt: skip
+        self._handles = [unet.register_forward_pre_hook(self._clear)]
+        self._handles += [block.register_forward_hook(self._record) for block in blocks_of(unet)]
 
     def take(self) -> list[Tensor]:
-        """The latest forward's tensors [batch, channels, height, width], part of its graph; lets go of them."""
+        """The latest forward's tensors, part of its graph; lets go of them.
+
+        [batch, channels, height, width], or of a transformer [batch, tokens, width].
+        """
         taken = list(self._outputs)
         self._outputs.clear()
         return taken
@@ -46,26 +48,26 @@ class BlockRecorder:
 
 
 def run_unet(unet: Any, sample: Tensor, timesteps: Tensor, text_states: Tensor, text_mask: Tensor | None) -> Tensor:
-    """Calls a UNet, stock, pruned or gated, in its own precision.
+    """Calls a model, stock, pruned or gated, in its own precision.
 
     Args:
-        unet: UNet2DConditionModel, PrunedUNet2DConditionModel or GatedUNet.
+        unet: UNet2DConditionModel, PixArtTransformer2DModel, pruned ones, or a GatedUNet.
         sample: [batch, channels, height, width].
         timesteps: [batch].
-        text_states: [batch, tokens, text_dim].
+        text_states: [batch, tokens, text_dim]; see `backbones.model_inputs`.
         text_mask: bool [batch, tokens] of real tokens, or None.
 
     Returns:
         [batch, channels, height, width].
     """
     dtype = unet.dtype
+    sample = sample.to(dtype)
     # diffusers turns `encoder_attention_mask` into a bias, (1 - mask) * -10000, so None and all ones are the same.
-    return unet(
-        sample.to(dtype), timesteps, encoder_hidden_states=text_states.to(dtype), encoder_attention_mask=text_mask
-    ).sample
+    inputs = model_inputs(unet, sample, timesteps, text_states.to(dtype), text_mask)
+    return prediction_of(unet(**inputs).sample, sample)
 
 
-def compile_unet(unet: UNet2DConditionModel, **options: Any) -> UNet2DConditionModel:
+def compile_unet(unet: Any, **options: Any) -> Any:
     """Compiles a UNet's forward, in place: class, state dict and files stay as they are.
 
     The hooks on the UNet as a whole, which hand a GatedUNet's masks to those inside, stay outside of the graph; all hooks
@@ -75,16 +77,16 @@ def compile_unet(unet: UNet2DConditionModel, **options: Any) -> UNet2DConditionM
         unet: stock or pruned, gated or not.
         **options: of `torch.compile`.
     """
-    unet.forward = torch.compile(unet.forward, **options)  # type: ignore[method-assign]
+    unet.forward = torch.compile(unet.forward, **options)
     return unet
 
 
 @contextmanager
-def eager(unet: UNet2DConditionModel) -> Iterator[UNet2DConditionModel]:
+def eager(unet: Any) -> Iterator[Any]:
     """Takes a compiled UNet's compilation away for the time of the block: for calls of shapes that come but once."""
     compiled = vars(unet).pop("forward", None)
     try:
         yield unet
     finally:
         if compiled is not None:
-            unet.forward = compiled  # type: ignore[method-assign]
+            unet.forward = compiled

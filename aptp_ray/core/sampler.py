@@ -7,8 +7,6 @@ its neighbours (beyond float rounding of a larger matrix product). Texts are enc
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aptp_ray.core.batch import Batch, Member
-from aptp_ray.core.components import Components, TextEncoder, make_scheduler
+from aptp_ray.core.batches import Batches
+from aptp_ray.core.components import Components, make_scheduler
 from aptp_ray.core.denoiser import Denoiser
 from aptp_ray.core.image_request import Handle, ImageRequest, Preview
+from aptp_ray.core.image_size import ImageSizes
 from aptp_ray.core.line import Line
 from aptp_ray.core.side import Finished, Side, Undecoded
 
@@ -38,10 +37,7 @@ class Sampler:
     Attributes:
         max_batch_size: images of the sampler's own size that are denoised together (a UNet call has up to twice as many rows
             under guidance); larger images take more places. May be changed between steps.
-        latent_shape: (channels, height, width) of the images drawn from a seed.
-        image_size: (height, width) in pixels, of a request that names no size.
-        size_multiple: width and height of an image are multiples of this.
-        max_pixels: of an image.
+        sizes: of images that can be drawn.
         on_progress: called, from the thread beside, whenever a :meth:`step` would find something new; does nothing at first.
     """
 
@@ -83,15 +79,9 @@ class Sampler:
         self.max_batch_size = max_batch_size
         self.on_progress = lambda: None
         self._denoiser = Denoiser(unet, vae, text, scheduler)
-        size = unet.config.sample_size
-        height, width = latent_size or ((size, size) if isinstance(size, int) else size)
-        self.latent_shape = (int(unet.config.in_channels), int(height), int(width))
-        self._factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_size = (height * self._factor, width * self._factor)
-        self.size_multiple = self._factor * 2 ** (len(unet.config.block_out_channels) - 1)
-        self.max_pixels = int(max_area * self.image_size[0] * self.image_size[1])
+        self.sizes = ImageSizes.of(unet, vae, latent_size, max_area)
         self._line = Line()
-        self._batches: dict[tuple[Any, ...], Batch] = {}
+        self._batches = Batches(self._denoiser)
         self._decoding: set[Handle] = set()
         self._side = Side(
             self._denoiser.prepare,
@@ -131,7 +121,7 @@ class Sampler:
         return cls(
             unet,
             components.vae,
-            TextEncoder(components.tokenizer, components.text_encoder),
+            components.text(),
             make_scheduler(scheduler, own) if scheduler else own,
             latent_size=(resolution // factor,) * 2 if resolution else None,  # type: ignore[arg-type]
             **options,
@@ -142,7 +132,7 @@ class Sampler:
     @property
     def active(self) -> int:
         """Images in the batch."""
-        return sum(len(batch.members) for batch in self._batches.values())
+        return len(self._batches)
 
     @property
     def waiting(self) -> int:
@@ -169,37 +159,16 @@ class Sampler:
         """Whether images can still be drawn: the thread beside, if there is one, has not ended."""
         return self._side.alive
 
-    def check_size(self, width: int, height: int) -> None:
-        """Refuses a size in pixels that cannot be drawn.
-
-        Raises:
-            ValueError: naming what is allowed.
-        """
-        step, own = self.size_multiple, (self.image_size[1], self.image_size[0])
-        if (width, height) == own:
-            return
-        if width < step or height < step or width % step or height % step or width * height > self.max_pixels:
-            raise ValueError(
-                f"size {width}x{height} cannot be drawn: width and height must be multiples of {step}, and their product at "
-                f"most {self.max_pixels}; this model's own size is {own[0]}x{own[1]}"
-            )
-
     def submit(self, request: ImageRequest) -> Handle:
         """Queues an image; it joins the batch at the next step that has a place, after those that were here before.
 
         Raises:
             ValueError: if the request cannot be drawn (step count, seed, size, shape of the given noise).
         """
-        request.check(channels=self.latent_shape[0])
+        request.check(channels=self.sizes.latent_shape[0])
         self._denoiser.check(request.num_inference_steps)
-        shape = self.latent_shape
-        if request.latents is not None:
-            shape = (shape[0], *map(int, request.latents.shape[1:]))  # type: ignore[assignment]
-        elif request.size is not None:
-            self.check_size(*request.size)
-            shape = (shape[0], request.size[1] // self._factor, request.size[0] // self._factor)
-        places = math.ceil(shape[1] * shape[2] / (self.latent_shape[1] * self.latent_shape[2]))
-        handle = Handle(request, shape, places, submitted_at=time.perf_counter())
+        shape = self.sizes.latent_shape_of(request)
+        handle = Handle(request, shape, self.sizes.places(shape), submitted_at=time.perf_counter())
         self._line.append(handle)
         return handle
 
@@ -209,10 +178,7 @@ class Sampler:
             return
         if handle.state == "waiting":
             self._line.remove(handle)
-        for key, batch in list(self._batches.items()):
-            rows = [row for row, member in enumerate(batch.members) if member.handle is not handle]
-            if len(rows) < len(batch.members):
-                self._keep(key, batch, rows)
+        self._batches.remove(handle)
         self._decoding.discard(handle)
         handle.end("cancelled")
 
@@ -229,10 +195,9 @@ class Sampler:
         ended = self._collect()
         if wait and not self._batches and self._side.pending:
             ended += self._collect(wait=not ended)
-        self._denoiser.pace()
-        shown: list[Undecoded] = []
-        for key, batch in list(self._batches.items()):
-            shown += self._denoise(key, batch, ended)
+        shown, failed = self._batches.step()
+        ended += failed
+        self._decoding.update(item.handle for item in shown if item.number is None)
         self._side.decode(shown)
         if self._side.in_place:
             ended += self._take(self._side.take())
@@ -279,7 +244,8 @@ class Sampler:
         self._side.prepare(self._line.unprepared(_PREPARED_AHEAD * self.max_batch_size))
         if self._side.in_place:
             ended += self._take(self._side.take())
-        self._admit()
+        taken = self._batches.places
+        self._batches.join(self._line.leaving(self.max_batch_size - taken, empty=not taken))
         return ended
 
     def _take(self, finished: list[Finished]) -> list[Handle]:
@@ -309,70 +275,7 @@ class Sampler:
             ended.append(handle)
         return ended
 
-    def _admit(self) -> None:
-        taken = sum(m.handle.places for batch in self._batches.values() for m in batch.members)
-        joining: dict[tuple[Any, ...], list[Member]] = {}
-        for member in self._line.leaving(self.max_batch_size - taken, empty=not taken):
-            member.handle.state, member.handle.admitted_at = "active", time.perf_counter()
-            joining.setdefault((tuple(member.noise.shape), tuple(member.states.shape[1:])), []).append(member)
-        for key, members in joining.items():
-            batch = Batch.of(members, self._denoiser.device)
-            self._batches[key] = self._batches[key].joined(batch) if key in self._batches else batch
-
-    # -- the steps -------------------------------------------------------------------------------------------------------
-
-    def _denoise(self, key: tuple[Any, ...], batch: Batch, ended: list[Handle]) -> list[Undecoded]:
-        """Takes one step with a batch; returns what is to be decoded: images at their end, and previews."""
-        shown: list[Undecoded] = []
-        kept: Batch | None = None
-        for part, scaled, prediction in self._apart_on_error(batch, ended):
-            failed = self._denoiser.advance(part, prediction)
-            going = []
-            for row, member in enumerate(part.members):
-                handle = member.handle
-                if row in failed:
-                    handle.end("failed", failed[row])
-                    ended.append(handle)
-                elif member.at_end:
-                    handle.state, handle.denoised_at = "decoding", time.perf_counter()
-                    handle.latents = part.latents[row].clone()
-                    self._decoding.add(handle)
-                    shown.append(Undecoded(handle, handle.latents))
-                else:
-                    going.append(row)
-                    if handle.step in member.previews_at:
-                        clean = self._denoiser.clean(member, scaled[row], prediction[row])
-                        shown.append(Undecoded(handle, clean, member.previews_at.index(handle.step)))
-            if going:
-                rest = part if len(going) == len(part.members) else part.only(going)
-                kept = rest if kept is None else kept.joined(rest)
-        if kept is None:
-            del self._batches[key]
-        else:
-            self._batches[key] = kept
-        ready = self._denoiser.mark() if shown else None
-        return [dataclasses.replace(item, ready=ready) for item in shown] if ready is not None else shown
-
-    def _apart_on_error(self, batch: Batch, ended: list[Handle]) -> list[tuple[Batch, Tensor, Tensor]]:
-        """Predicts for all images at once; if that raises, for each apart, so that only the culprit fails."""
-        try:
-            return [(batch, *self._denoiser.predict(batch))]
-        except Exception as error:
-            if len(batch.members) == 1:
-                handle = batch.members[0].handle
-                handle.end("failed", error)
-                ended.append(handle)
-                return []
-        parts = [batch.only([row]) for row in range(len(batch.members))]
-        return [predicted for part in parts for predicted in self._apart_on_error(part, ended)]
-
-    def _keep(self, key: tuple[Any, ...], batch: Batch, rows: list[int]) -> None:
-        if rows:
-            self._batches[key] = batch.only(rows)
-        else:
-            del self._batches[key]
-
     def _decoded_at_once(self, item: Undecoded) -> int:
-        pixels = item.latents.shape[-2] * item.latents.shape[-1] * self._factor**2
+        pixels = item.latents.shape[-2] * item.latents.shape[-1] * self.sizes.factor**2
         most = max(1, _DECODED_PIXELS // pixels)
         return min(most, _DECODED_ON_CPU) if self._denoiser.device.type == "cpu" else most

@@ -1,9 +1,9 @@
-"""The layout of a code over a UNet's prunable sites (APTP, section 3.1).
+"""The layout of a code over a model's prunable sites (APTP, section 3.1).
 
 A code is a vector with one entry for everything that can be removed: first the entries of all width sites in forward
 order (a ResNet's GroupNorm groups, an attention's heads, a feed-forward's chunks), then one entry for each depth site
-(the last resnet and the last transformer of each down and up block). What cannot be pruned exactly is not a site; it is
-listed in `ArchitectureSpace.skipped` with the reason. `sites.py` finds both.
+(of a UNet, the last resnet and the last transformer of each down and up block; of a transformer, each layer). What cannot
+be pruned exactly is not a site; it is listed in `ArchitectureSpace.skipped` with the reason. `sites.py` finds both.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from aptp_ray.core.sites import Site, find_sites
+from aptp_ray.core.backbones import Backbone, stock_class
+from aptp_ray.core.sites import DepthSites, Site, find_sites
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,27 @@ class ArchitectureSpace:
     skipped: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, unet: UNet2DConditionModel) -> ArchitectureSpace:
-        """Finds the sites of a UNet, on any device including meta.
+    def of(cls, unet: Backbone, *, depth: DepthSites = "modules") -> ArchitectureSpace:
+        """Finds the sites of a model, on any device including meta.
+
+        Args:
+            unet: A diffusers UNet2DConditionModel or PixArtTransformer2DModel.
+            depth: What of a UNet's transformers of several layers can be left out: see `find_sites`.
 
         Raises:
-            TypeError: If `unet` is not a diffusers UNet2DConditionModel (or is wrapped by something).
+            TypeError: If `unet` is of another class (or is wrapped by something).
             ValueError: If nothing in it can be pruned.
         """
-        if not isinstance(unet, UNet2DConditionModel):
-            raise TypeError(
-                f"expected a diffusers UNet2DConditionModel, got {type(unet).__name__}; "
-                "unwrap it first (.unet of a GatedUNet, .module of a DDP model, ._orig_mod of a compiled one)"
-            )
-        sites, skipped = find_sites(unet)
+        stock_class(unet)
+        if depth not in ("modules", "layers"):
+            raise ValueError(f"unknown depth {depth!r}; one of 'modules', 'layers'")
+        sites, skipped = find_sites(unet, depth)
         return cls(sites=sites, skipped=skipped)
+
+    @cached_property
+    def depth(self) -> DepthSites:
+        """How depth sites were asked for: a UNet's whole transformers, or their layers."""
+        return "layers" if any(".transformer_blocks." in site.name for site in self.depth_sites) else "modules"
 
     @cached_property
     def width_sites(self) -> tuple[Site, ...]:
@@ -91,18 +98,24 @@ class ArchitectureSpace:
     def depth_rank(self) -> tuple[int, ...]:
         """Depth entries (0-based in the depth part), most protected first.
 
-        The blocks nearest to the UNet's input and output touch the finest resolution and matter most, so the rank goes
+        The blocks nearest to the model's input and output touch the finest resolution and matter most, so the rank goes
         from the outermost block in, and alternates: an up block, then the down block that mirrors it. Inside an up
-        block the module nearest to the output comes first, inside a down block the one nearest to the input.
+        block the module nearest to the output comes first, inside a down block the one nearest to the input. Layers of
+        the mid block come last. The second half of a transformer's layers stands for up blocks of one layer each.
         """
         down: dict[str, list[int]] = {}
         up: dict[str, list[int]] = {}
+        middle: list[int] = []
         for index, site in enumerate(self.depth_sites):
             stage, block = site.name.split(".")[:2]
-            (down if stage == "down_blocks" else up).setdefault(block, []).append(index)
+            if stage == "mid_block":
+                middle.append(index)
+            else:
+                first = stage == "down_blocks" or (stage == "transformer_blocks" and 2 * index < self.num_depth)
+                (down if first else up).setdefault(block, []).append(index)
         outermost_up: list[list[int]] = [entries[::-1] for entries in reversed(up.values())]
         pairs = zip_longest(outermost_up, down.values(), fillvalue=())
-        return tuple(index for pair in pairs for entries in pair for index in entries)
+        return (*(index for pair in pairs for entries in pair for index in entries), *middle)
 
     def full_code(self) -> Tensor:
         """bool [dim], all ones: the teacher."""

@@ -115,7 +115,7 @@ class ImageFolderLayout:
             except Unusable as error:
                 yield Record(position, number, reason=str(error))
                 continue
-            caption, others = drawn(row.get(self.caption_column), self.limits, self.seed, unit.name, position)
+            caption, others = drawn(row.get(self.caption_column), self.limits, self.seed, name)
             yield Record(position, str(name), path, caption, others)
 
 

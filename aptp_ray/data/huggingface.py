@@ -151,7 +151,7 @@ class HuggingFaceLayout:
         number = f"{unit.start}-{position}" if unit.payload == _STREAMED else str(unit.first_row + position)
         key = row.get(self.key_column) if self.key_column else None
         name = number if key is None else str(key)
-        caption, others = drawn(row.get(self.caption_column), self.limits, self.seed, unit.name, position)
+        caption, others = drawn(row.get(self.caption_column), self.limits, self.seed, name)
         image = row.get(self.image_column)
         if isinstance(image, dict):  # datasets' Image feature, undecoded
             image = image.get("path") if image.get("bytes") is None else image["bytes"]

@@ -121,7 +121,7 @@ def drawn(value: Any, limits: Limits, *key: object) -> tuple[Any, list[Any]]:
     Args:
         value: a caption, or a list of them.
         limits: of captions.
-        *key: (seed, unit name, position): the draw depends on nothing else.
+        *key: (seed, the row's key): the draw depends on nothing else, so that data moved elsewhere gives the same rows.
     """
     if not isinstance(value, list | tuple | np.ndarray):
         return value, []

@@ -36,7 +36,8 @@ def ship(run_dir: str, target: Path = WEIGHTS) -> int:
     teacher = Path(run_dir) / "teacher"
     if not (teacher / "model_index.json").is_file():
         raise FileNotFoundError(f"{teacher} holds no pipeline: run jobs/train_teacher.py first")
-    shutil.rmtree(target, ignore_errors=True)
+    for name in ("unet", "vae", "scheduler"):  # and not the scorer beside them
+        shutil.rmtree(target / name, ignore_errors=True)
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         kind.from_pretrained(teacher, subfolder=name).to(torch.float16).save_pretrained(target / name)
         config = target / name / "config.json"

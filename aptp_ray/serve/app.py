@@ -59,12 +59,21 @@ def build(args: ServeArgs) -> Application:
         RunDirError: if a stage that serving needs has not finished.
         ConfigError: if ``args.serve`` is no such section.
     """
-    args = ServeArgs.model_validate(args)
+    return assemble(ServeArgs.model_validate(args))
+
+
+def assemble(args: ServeArgs, expert: type[Expert] = Expert) -> Application:
+    """Returns the application with another class in the experts' place; apart from the builder, which takes one argument.
+
+    Raises:
+        RunDirError: likewise.
+        ConfigError: likewise.
+    """
     run, config = load_run(args.run_dir, args.storage_options)
     options = serve_options(config, args.serve)
     catalog = read_catalog(run, config.model_copy(update={"serve": options}))
     models = catalog.models[1:]
-    experts = [_expert(args, run.uri, options, model) for model in models]
+    experts = [_expert(expert, args, run.uri, options, model) for model in models]
     held = most_jobs(len(models), options)  # by one router, which refuses more in a shape that clients understand
     ratios = [catalog.macs_ratio(number) for number in range(len(models))]
     router = serve.deployment(
@@ -91,9 +100,9 @@ def build(args: ServeArgs) -> Application:
     return ingress.bind(catalog, options, args.storage_options, router)  # type: ignore[attr-defined]
 
 
-def _expert(args: ServeArgs, uri: str, options: Serve, model: str) -> Any:
+def _expert(expert: type[Expert], args: ServeArgs, uri: str, options: Serve, model: str) -> Any:
     deployment = serve.deployment(
-        Expert,
+        expert,
         name=model,
         # What the router lets through; the engine's own queue is where images wait, and merge. So never below a batch.
         max_ongoing_requests=2 * (options.batch_limit + options.max_waiting_images),
@@ -113,6 +122,8 @@ def _lifecycle(options: Serve) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": options.drain_s,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": _HEALTH_PERIOD_S,
+        # Serve would log every call of every part; the ingress's own line says more, once (access.py).
+        "logging_config": {"enable_access_log": False},
     }
 
 

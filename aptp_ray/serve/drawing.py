@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,14 +42,16 @@ class DrawingLoop:
     The sampler belongs to that thread; :meth:`draw` and :meth:`cancel` leave word for it, from any event loop.
     """
 
-    def __init__(self, sampler: Sampler, threads: int = 1) -> None:
+    def __init__(self, sampler: Sampler, threads: int = 1, turns: AbstractContextManager[None] | None = None) -> None:
         """Starts the thread.
 
         Args:
             sampler: nobody else's from now on.
             threads: torch's, on a CPU.
+            turns: entered for each step of the batch; see :class:`~aptp_ray.serve.turns.Turns`.
         """
         self._sampler = sampler
+        self._turns: AbstractContextManager[None] = turns or nullcontext()
         self._inbox: deque[_Running | str] = deque()  # jobs, and ids to cancel
         self._left: deque[_Running] = deque()  # jobs whose caller has gone
         self._running: dict[str, list[_Running]] = {}
@@ -193,7 +196,9 @@ class DrawingLoop:
     def _step(self) -> None:
         began, active = time.perf_counter(), self._sampler.active
         try:
-            self._sampler.step(wait=False)
+            # To take in what was done beside the steps needs no turn.
+            with self._turns if self._sampler.ready else nullcontext():
+                self._sampler.step(wait=False)
         except Exception:  # the sampler keeps failures to their image; what still escapes ends those in it
             logger.exception("a denoising step failed")
             for running in self._all():

@@ -18,6 +18,7 @@ from aptp_ray.core.components import Components, load_components, load_unet
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.drawing import DrawingLoop
 from aptp_ray.serve.protocol import TEACHER, DrawJob, Outcome, Partial
+from aptp_ray.serve.turns import turns_on_this_machine
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,7 +64,8 @@ class Expert:
         sampler.generate(["warm up"], [0], num_inference_steps=2, guidance_scale=config.sampling.guidance_scale)
         self._name = str(expert) if expert == TEACHER else f"expert-{expert}"
         self._device = next(unet.parameters()).device
-        self._loop = DrawingLoop(sampler, serve.threads_per_expert)
+        turns = turns_on_this_machine(serve.threads_per_expert) if self._device.type == "cpu" else None
+        self._loop = DrawingLoop(sampler, serve.threads_per_expert, turns)
         self._say_hello(unet, components, sampler, profile, time.perf_counter() - began)
 
     @staticmethod
@@ -74,7 +76,7 @@ class Expert:
         return cached_profile(
             folder,
             unet,
-            latent_shape=sampler.latent_shape,
+            latent_shape=sampler.sizes.latent_shape,
             num_tokens=int(components.tokenizer.model_max_length),
             limit=limit,
         )
@@ -88,7 +90,7 @@ class Expert:
             "%s is loaded in %.1f s: %s; %s on %s. Memory: %.0f MB, of which %.0f MB shared with other processes. Largest batch: "
             "%d (ms a step by images: %s; %s). Sizes: multiples of %d, at most %d pixels",
             self._name, seconds, sizes, weight.dtype, profile.device, *memory_mb(self._device), sampler.max_batch_size, steps,
-            profile.stopped, sampler.size_multiple, sampler.max_pixels,
+            profile.stopped, sampler.sizes.multiple, sampler.sizes.max_pixels,
         )  # fmt: skip
 
     async def draw(self, jobs: list[DrawJob]) -> AsyncIterator[Partial | Outcome]:

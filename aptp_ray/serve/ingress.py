@@ -13,6 +13,7 @@ from contextlib import aclosing
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
@@ -41,6 +42,8 @@ from aptp_ray.serve.protocol import (
 logger = logging.getLogger("ray.serve")
 
 _PAGE = {"index.html": "text/html", "style.css": "text/css", "script.js": "text/javascript"}
+# Bytes of pixels that are encoded in less time than it takes to hand them to another thread and back.
+_SMALL_IMAGE = 64 * 64 * 3
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -200,7 +203,7 @@ class Ingress:
     ) -> AsyncIterator[bytes]:
         where = {"prompt_index": number}
         if isinstance(item, Partial):
-            image = {"b64_json": in_base64(await asyncio.to_thread(encode_image, item.image, body.output_format, 80))}
+            image = {"b64_json": in_base64(await self._encoded(item.image, body.output_format, 80))}
             extra = {"aptp": where | {"image_index": item.index} | answers.placing(job, placed, self._catalog)}
             yield answers.image_event(body, job, image, self._catalog, extra, item)
             return
@@ -212,13 +215,19 @@ class Ingress:
             }
             yield answers.image_event(body, job, await self._image(request, body, pixels), self._catalog, extra, None)
 
-    async def _image(self, request: Request, body: ImageGeneration, pixels: Any) -> dict[str, str]:
-        # In threads: encoding, and a storage far away, would hold up the event loop.
-        data = await asyncio.to_thread(encode_image, pixels, body.output_format, body.output_compression)
+    async def _image(self, request: Request, body: ImageGeneration, pixels: np.ndarray) -> dict[str, str]:
+        data = await self._encoded(pixels, body.output_format, body.output_compression)
         if body.response_format == "b64_json" or self._store is None:
             return {"b64_json": in_base64(data)}
-        name = await asyncio.to_thread(self._store.put, data, body.output_format)
+        name = await asyncio.to_thread(self._store.put, data, body.output_format)  # which may be far away
         return {"url": f"{self._public_url or str(request.base_url).rstrip('/')}/v1/images/files/{name}"}
+
+    @staticmethod
+    async def _encoded(pixels: np.ndarray, output_format: str, compression: int) -> bytes:
+        if pixels.size <= _SMALL_IMAGE:
+            return encode_image(pixels, output_format, compression)
+        # In a thread: it would hold up the event loop.
+        return await asyncio.to_thread(encode_image, pixels, output_format, compression)
 
     @app.get("/v1/images/files/{name}")
     async def file(self, name: str) -> Response:

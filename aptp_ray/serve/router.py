@@ -52,6 +52,8 @@ class Router:
             max_batch_size=self._options.route_batch_size,
             wait_s=self._options.route_wait_ms / 1000,
             threads=self._options.threads_per_expert,
+            # Its weights are mapped from the same files: they are there once.
+            for_lists=[route_with(load_router(run, config)) for _ in range(self._options.route_workers - 1)],
         )
         self._dispatcher = Dispatcher(experts, models, macs_ratios, self._options, self._meters)
         self._jobs = 0  # in here, being routed or with an expert

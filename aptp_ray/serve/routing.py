@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,7 +28,11 @@ class Route:
     scores: list[float]
 
 
-def route_with(router: PromptRouter) -> Callable[[list[str]], list[Route]]:
+Work = Callable[[list[str]], list[Route]]
+Queue = deque[tuple[str, asyncio.Future[Route]]]
+
+
+def route_with(router: PromptRouter) -> Work:
     """Returns the work of a :class:`RoutingQueue`."""
 
     def work(prompts: list[str]) -> list[Route]:
@@ -42,20 +46,36 @@ def route_with(router: PromptRouter) -> Callable[[list[str]], list[Route]]:
 class RoutingQueue:
     """Runs ``work`` on a thread of its own, a batch at a time. All methods belong to one event loop.
 
-    Single prompts go before those of long lists, of which the thread takes a batch at a time, so that a request for an image
+    Single prompts go before those of long lists, of which a thread takes a batch at a time, so that a request for an image
     never waits for a thousand prompts that somebody else wants to know about.
     """
 
     def __init__(
-        self, work: Callable[[list[str]], list[Route]], *, max_batch_size: int, wait_s: float = 0.0, threads: int = 1
+        self,
+        work: Work,
+        *,
+        max_batch_size: int,
+        wait_s: float = 0.0,
+        threads: int = 1,
+        for_lists: Sequence[Work] = (),
     ) -> None:
-        self._work, self._max_batch_size, self._wait_s = work, max_batch_size, wait_s
+        """Takes the work; threads start with the first prompt.
+
+        Args:
+            work: prompts -> their routes.
+            max_batch_size: prompts in one call.
+            wait_s: for more prompts, before a call that is not full.
+            threads: torch's, in each of the threads.
+            for_lists: the same work once more for each further thread, which takes of long lists alone: single prompts still
+                make up batches together. Not the same object: a tokenizer serves one thread at a time.
+        """
+        self._works, self._max_batch_size, self._wait_s = (work, *for_lists), max_batch_size, wait_s
         # OpenMP's thread count belongs to the calling thread, so it is set in the one that computes.
-        self._thread = ThreadPoolExecutor(1, "routing", initializer=torch.set_num_threads, initargs=(threads,))
-        self._single: deque[tuple[str, asyncio.Future[Route]]] = deque()
-        self._many: deque[tuple[str, asyncio.Future[Route]]] = deque()
+        self._threads = ThreadPoolExecutor(len(self._works), "routing", initializer=torch.set_num_threads, initargs=(threads,))
+        self._single: Queue = deque()
+        self._many: Queue = deque()
         self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def waiting(self) -> int:
@@ -73,35 +93,38 @@ class RoutingQueue:
         futures = {index: self._put(self._many, prompts[index]) for index in order}
         return list(await asyncio.gather(*(futures[index] for index in range(len(prompts)))))
 
-    def _put(self, queue: deque[tuple[str, asyncio.Future[Route]]], prompt: str) -> asyncio.Future[Route]:
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+    def _put(self, queue: Queue, prompt: str) -> asyncio.Future[Route]:
+        if not self._tasks:
+            loop = asyncio.get_running_loop()
+            queues = [(self._single, self._many), *((self._many,) for _ in self._works[1:])]
+            self._tasks = [loop.create_task(self._run(*row)) for row in zip(self._works, queues, strict=True)]
         future: asyncio.Future[Route] = asyncio.get_running_loop().create_future()
         queue.append((prompt, future))
         self._wake.set()
         return future
 
-    def _take(self) -> list[tuple[str, asyncio.Future[Route]]]:
+    def _take(self, queues: Iterable[Queue]) -> list[tuple[str, asyncio.Future[Route]]]:
         batch: list[tuple[str, asyncio.Future[Route]]] = []
-        for queue in (self._single, self._many):
+        for queue in queues:
             while queue and len(batch) < self._max_batch_size:
                 prompt, future = queue.popleft()
                 if not future.done():  # else whoever asked has left
                     batch.append((prompt, future))
         return batch
 
-    async def _run(self) -> None:
+    async def _run(self, work: Work, queues: tuple[Queue, ...]) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._wake.wait()
-            if self._wait_s and self.waiting < self._max_batch_size:
-                await asyncio.sleep(self._wait_s)
-            batch = self._take()
-            if not batch:
+            while not any(queues):
                 self._wake.clear()
+                await self._wake.wait()
+            if self._wait_s and sum(map(len, queues)) < self._max_batch_size:
+                await asyncio.sleep(self._wait_s)
+            batch = self._take(queues)
+            if not batch:
                 continue
             try:
-                routes = await loop.run_in_executor(self._thread, self._work, [prompt for prompt, _ in batch])
+                routes = await loop.run_in_executor(self._threads, work, [prompt for prompt, _ in batch])
             except Exception as error:  # that batch's, and the callers' to report
                 for _, future in batch:
                     if not future.done():

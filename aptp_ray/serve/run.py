@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
 from aptp_ray.artifacts import load_run
@@ -54,8 +55,20 @@ def start(
         ServeError: if the port is taken or the service does not become ready.
         RunDirError: if the run is not finished.
     """
-    port = free_port(host, port)
-    application = build(ServeArgs(run_dir=run_dir, storage_options=storage_options or {}, serve=options or {}))
+    args = ServeArgs(run_dir=run_dir, storage_options=storage_options or {}, serve=options or {})
+    return deploy(build(args), host, free_port(host, port), timeout_s=timeout_s)
+
+
+def deploy(application: Application, host: str, port: int, *, timeout_s: float = 300.0) -> str:
+    """Starts Serve and an application on it; returns its address once every part of it answers.
+
+    Args:
+        application: in which the router answers for all others; see :func:`~aptp_ray.serve.app.build`.
+        host: as for :func:`start`, like the rest.
+
+    Raises:
+        ServeError: if the service does not become ready.
+    """
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
     serve.start(http_options={"host": host, "port": port})

@@ -33,8 +33,10 @@ class Device:
         self.now += took + first
         return took + first
 
-    def profile(self, limit: int, seconds: float = 5.0) -> BatchProfile:
-        return measure_profile(self.call, candidate_sizes(limit), device="made up", seconds=seconds, clock=lambda: self.now)
+    def profile(self, limit: int, seconds: float = 5.0, **bounds: float) -> BatchProfile:
+        return measure_profile(
+            self.call, candidate_sizes(limit), device="made up", seconds=seconds, clock=lambda: self.now, **bounds
+        )
 
 
 @pytest.mark.parametrize(("rows", "best"), [(2, 1), (4, 2), (32, 16), (1000, 64)])
@@ -60,11 +62,14 @@ def test_memory_and_time_end_the_search() -> None:
     profile = Device(1000, memory=10).profile(64)
     assert profile.sizes == (1, 2, 4) and "memory, at 8 images: CUDA out of memory. Tried to allocate 2 GiB" == profile.stopped
     slow = Device(1)
-    profile = slow.profile(64, seconds=1.5)
+    profile = slow.profile(64, longest_s=1.5)
     assert profile.sizes[-1] < 64 and "1.5 s" in profile.stopped
     assert slow.now < 1.5 + 4 * 0.010 * 128
     with pytest.raises(torch.OutOfMemoryError):
         Device(1, memory=1).profile(4)
+    # A first call that takes longer than all repetitions may leaves no size out.
+    hurried = Device(16)
+    assert hurried.profile(64, seconds=0.1).sizes == (1, 2, 4, 8, 16, 32, 64) and hurried.calls == 2 * 8
 
 
 def test_candidates_end_at_the_limit() -> None:

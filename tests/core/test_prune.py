@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aptp_ray.core.gates import GatedUNet
-from aptp_ray.core.prune import PrunedUNet2DConditionModel, extract_code, prune_unet
+from aptp_ray.core.prune import extract_code, prune_unet
+from aptp_ray.core.pruned_model import PrunedUNet2DConditionModel
 from aptp_ray.core.space import ArchitectureSpace
 from tests.core.tiny import TINY_UNETS, inputs_for, tiny_sd15, tiny_sd21, tiny_sdxl
 

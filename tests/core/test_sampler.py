@@ -204,7 +204,7 @@ def test_generate_and_loading_from_a_directory(pipeline: StableDiffusionPipeline
         generator=[torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)],
     ).images  # fmt: skip
     larger = Sampler.from_components(load_unet(tmp_path / "unet"), components, resolution=32)
-    assert larger.generate(["a"], [1], num_inference_steps=1)[0].size == (32, 32) == larger.image_size
+    assert larger.generate(["a"], [1], num_inference_steps=1)[0].size == (32, 32) == larger.sizes.usual
     with pytest.raises(ValueError, match="resolution is 33"):
         Sampler.from_components(load_unet(tmp_path / "unet"), components, resolution=33)
     for image, wanted in zip(images, expected, strict=True):

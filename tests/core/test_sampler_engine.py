@@ -103,7 +103,7 @@ def test_images_are_admitted_in_the_order_of_their_arrival(pipeline: StableDiffu
 
 def test_sizes_share_the_engine_and_larger_ones_take_more_places(pipeline: StableDiffusionPipeline) -> None:
     sampler = sampler_of(pipeline, max_batch_size=4)
-    assert (sampler.size_multiple, sampler.max_pixels) == (4, 4 * 16 * 16)
+    assert (sampler.sizes.multiple, sampler.sizes.max_pixels) == (4, 4 * 16 * 16)
     rows: list[tuple[int, ...]] = []
     hook = pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
     try:

@@ -1,4 +1,4 @@
-"""Tiny UNets with the structure of Stable Diffusion 1.5, 2.1 and XL, for tests.
+"""Tiny models with the structure of Stable Diffusion 1.5, 2.1 and XL and of PixArt, for tests.
 
 Every parameter, norms' and biases' too, is drawn from a seeded generator: at their usual initial values (ones, zeros) a
 channel that should be absent but still emits its bias would go unnoticed.
@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 
@@ -58,7 +58,40 @@ def tiny_sdxl(seed: int = 0) -> UNet2DConditionModel:
     )
 
 
+def tiny_inpainting(seed: int = 0) -> UNet2DConditionModel:
+    """Stable Diffusion 1.5 that also reads a mask and a masked image: nine input channels, four output channels."""
+    return _build(
+        seed,
+        sample_size=16,
+        in_channels=9,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+    )
+
+
+def tiny_pixart(seed: int = 0, *, conditions: bool = False) -> PixArtTransformer2DModel:
+    """Five layers; `conditions` also reads the image's size, as PixArt-alpha at 1024 pixels does."""
+    return _build(
+        seed,
+        PixArtTransformer2DModel,
+        num_attention_heads=4,
+        attention_head_dim=6,
+        in_channels=4,
+        out_channels=8,
+        num_layers=5,
+        cross_attention_dim=24,
+        sample_size=16,
+        caption_channels=12,
+        use_additional_conditions=conditions,
+    )
+
+
 TINY_UNETS = {"sd15": tiny_sd15, "sd21": tiny_sd21, "sdxl": tiny_sdxl}
+TINY_MODELS = {**TINY_UNETS, "inpainting": tiny_inpainting, "pixart": tiny_pixart}
 
 
 def randomize(unet: nn.Module, seed: int) -> None:
@@ -74,7 +107,7 @@ def randomize(unet: nn.Module, seed: int) -> None:
 
 
 def inputs_for(
-    unet: UNet2DConditionModel, batch: int = 2, seed: int = 0, size: int = 16, tokens: int = 5
+    unet: Any, batch: int = 2, seed: int = 0, size: int = 16, tokens: int = 5
 ) -> dict[str, Any]:
     """Keyword arguments for `unet(**inputs)`, distinct for each sample."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +115,17 @@ def inputs_for(
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
+    if isinstance(unet, PixArtTransformer2DModel):
+        inputs = {
+            "hidden_states": randn(batch, 4, size, size),
+            "timestep": torch.randint(0, 1000, (batch,), generator=generator),
+            "encoder_hidden_states": randn(batch, tokens, unet.config.caption_channels),
+            "encoder_attention_mask": torch.arange(tokens)[None] <= torch.arange(batch)[:, None] + tokens // 2,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+        if unet.use_additional_conditions:
+            inputs["added_cond_kwargs"] = {"resolution": 100 + randn(batch, 2), "aspect_ratio": 1 + randn(batch, 1)}
+        return inputs
     inputs: dict[str, Any] = {
         "sample": randn(batch, unet.config.in_channels, size, size),
         "timestep": torch.randint(0, 1000, (batch,), generator=generator),
@@ -92,10 +136,8 @@ def inputs_for(
     return inputs
 
 
-def _build(seed: int, **config: Any) -> UNet2DConditionModel:
-    # On the meta device no initial values are drawn, so the global generator is neither read nor moved.
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
-    unet.to_empty(device="cpu")
-    randomize(unet, seed)
-    return unet.eval()
+def _build(seed: int, kind: type = UNet2DConditionModel, **config: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):  # the initial values are overwritten; the global generator stays where it is
+        model = kind(**config)
+    randomize(model, seed)
+    return model.eval()

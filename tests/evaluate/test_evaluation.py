@@ -1,0 +1,177 @@
+"""The whole job's work on a tiny run: who draws what, images against a lone sampler, a killed drawing that goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from aptp_ray.artifacts import RunDir, RunDirError
+from aptp_ray.config import Config, ConfigError
+from aptp_ray.core.components import load_components, load_unet
+from aptp_ray.core.macs import count_macs
+from aptp_ray.core.sampler import Sampler
+from aptp_ray.evaluate.drawn_shards import plan
+from aptp_ray.evaluate.encoders import Encoders
+from aptp_ray.evaluate.evaluation import SCORES, Work, evaluate, prepare
+from aptp_ray.evaluate.generation import Artist, draw, image_seed, missing
+from aptp_ray.evaluate.systems import Painter, read_captions, short_names, unique_key
+from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
+
+SCORER = "package:aptp_ray/demo/weights/scorer"
+
+
+def config_of(folder: Path, **evaluation: Any) -> Config:
+    settings = {"encoder": SCORER, "images_per_file": 3, "replicates": 5, "batch_sizes": [1, 2], "actors": 2}
+    return tiny_config(folder, evaluation=settings | evaluation)
+
+
+@pytest.fixture(scope="module")
+def evaluated(report_run: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Path, Work, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(report_run, folder)
+    config, run = config_of(folder), RunDir(str(folder))
+    work = prepare(config, run)
+    # As a job leaves it that was killed after its first shard; drawn in this process, which has imported everything.
+    Artist(config, run.uri).draw(work.shards[0])
+    references = [np.full((SIDE, SIDE, 3), 20 * index, np.uint8) for index in range(len(work.captions))]
+    return folder, work, evaluate(config, run, work, Encoders.load(config), references)
+
+
+def test_every_caption_is_drawn_once_however_many_systems_ask(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, result = evaluated
+    asked = {(painter, caption.key) for cast in work.casts for painter, caption in zip(cast.painters, work.captions, strict=True)}
+    drawing = result["drawing"]
+    assert sum(len(shard.captions) for shard in work.shards) == len(asked) == drawing["images"] + drawing["found"]
+    assert len(asked) < len(work.casts) * len(work.captions)
+    files = sorted(path for path in (folder / "evaluation" / "images").rglob("*.tar"))
+    assert len(files) == len(work.shards)
+
+
+def test_who_draws_what(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, _ = evaluated
+    routed = dict(
+        zip(
+            *(pq.read_table(folder / "assigned" / "validation.parquet")[name].to_pylist() for name in ("caption", "expert")),
+            strict=True,
+        )
+    )
+    casts = {cast.system.name: cast for cast in work.casts}
+    mixture = [painter.expert for painter in casts["mixture"].painters]
+    assert mixture == [routed[caption.text] for caption in work.captions]
+    dealt = [painter.expert for painter in casts["random-routing"].painters]
+    assert sorted(dealt) == sorted(mixture) and dealt != mixture  # type: ignore[type-var]
+    assert {painter.expert for painter in casts["teacher"].painters} == {None}
+    ratio = json.loads((folder / "routing.json").read_text())["macs_ratio"]
+    assert casts["teacher-fewer-steps"].painters[0].steps == round(3 * ratio)
+    assert len({painter.expert for painter in casts["one-expert"].painters}) == 1
+    assert all(sum(cast.shares.values()) == pytest.approx(1.0) for cast in work.casts)
+
+
+def test_an_image_is_what_its_unet_draws_alone(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, _ = evaluated
+    shard = next(shard for shard in work.shards if shard.painter.expert == work.casts[0].painters[0].expert)
+    caption = shard.captions[-1]
+    with tarfile.open(folder.joinpath(*shard.parts)) as archive:
+        drawn = np.asarray(Image.open(io.BytesIO(archive.extractfile(f"{caption.key}.png").read())))  # type: ignore[union-attr]
+        facts = json.loads(archive.extractfile(f"{caption.key}.json").read())  # type: ignore[union-attr]
+    assert facts["seed"] == image_seed(0, caption.key)
+    lone = Sampler.from_components(
+        load_unet(folder.joinpath(*shard.painter.parts)),
+        load_components(folder / "teacher"),
+        scheduler="DDIMScheduler",
+        resolution=SIDE,
+    )
+    (expected,) = lone.generate([caption.text], [facts["seed"]], num_inference_steps=3, guidance_scale=3.0)
+    # One level of 255: a larger batch rounds its products otherwise.
+    assert np.abs(drawn.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_costs_and_scores_are_written(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, result = evaluated
+    written = json.loads(folder.joinpath(*SCORES).read_text())
+    assert written["systems"].keys() == {cast.system.name for cast in work.casts}
+    teacher, mixture = written["systems"]["teacher"], written["systems"]["mixture"]
+    macs = count_macs(load_unet(folder / "teacher" / "unet"), (SIDE // 2, SIDE // 2), TOKENS)
+    assert teacher["macs_per_image"] == 3 * macs
+    expected = sum(one["share"] * one["macs"] * 3 for one in mixture["unets"])
+    assert mixture["macs_per_image"] == pytest.approx(expected) and expected < 3 * macs
+    assert set(teacher["step_ms"]) == {"1", "2"} and min(teacher["step_ms"].values()) > 0
+    assert "encoder" in written["labels"] and "not comparable" in written["labels"]["encoder"]
+    for system in written["systems"].values():
+        one = system["scores"]["clip_score"]
+        assert one["low"] <= one["value"] <= one["high"]
+    assert written["differences"]["against"] == "mixture"
+    assert "mixture" not in written["differences"]["scores"]["clip_score"]
+    groups = mixture["by_group"]
+    assert {name: one["images"] for name, one in groups.items()} == {"animal": 3, "fruit": 4, "vehicle": 3}
+    assert 0 < result["drawing"]["sampler_share"] <= 1
+
+
+def test_a_killed_drawing_goes_on_and_draws_the_same(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, result = evaluated
+    assert result["drawing"]["found"] == len(work.shards[0].captions)
+    assert result["drawing"]["images"] == sum(len(shard.captions) for shard in work.shards[1:])
+    again = folder.joinpath(*work.shards[1].parts)
+    before = again.read_bytes()
+    again.unlink()
+    Artist(config_of(folder), str(folder)).draw(work.shards[1])
+    assert again.read_bytes() == before
+
+
+def test_nothing_is_left_of_a_finished_drawing(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, _ = evaluated
+    assert missing(config_of(folder), RunDir(str(folder)), work.shards) == []
+    assert draw([], []).images == 0
+
+
+def test_images_of_other_settings_are_not_mixed_in(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, _ = evaluated
+    config = config_of(folder, seed=0).model_copy(
+        update={"sampling": tiny_config(folder).sampling.model_copy(update={"guidance_scale": 4.0})}
+    )
+    with pytest.raises(RunDirError, match="other weights or settings"):
+        missing(config, RunDir(str(folder)), work.shards)
+
+
+def test_a_system_added_at_the_end_leaves_the_shards(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, _ = evaluated
+    systems = [cast.system.model_dump() for cast in work.casts]
+    more = prepare(config_of(folder, systems=[*systems, {"name": "x", "kind": "one_expert", "expert": 2}]), RunDir(str(folder)))
+    assert [shard.parts for shard in more.shards[: len(work.shards)]] == [shard.parts for shard in work.shards]
+
+
+def test_keys_outlive_a_move() -> None:
+    assert short_names(["/a/b/00.tar", "/a/b/01.tar"]) == {"/a/b/00.tar": "00.tar", "/a/b/01.tar": "01.tar"}
+    assert short_names(["/a/00.tar", "/b/00.tar"]) == {"/a/00.tar": "/a/00.tar", "/b/00.tar": "/b/00.tar"}
+    assert unique_key("x/00.tar", "7") == "x_00_tar-7"
+
+
+def test_captions_are_chosen_by_seed(report_run: Path) -> None:
+    run = RunDir(str(report_run))
+    few, many = (read_captions(run, images=images, seed=0) for images in (4, 8))
+    assert len(few) == 4 and {one.key for one in few} < {one.key for one in many}
+    assert {one.key for one in read_captions(run, images=4, seed=1)} != {one.key for one in few}
+    assert len(read_captions(run, images=1000, seed=0)) == len(CAPTIONS)
+
+
+def test_what_cannot_be_drawn_is_refused(report_run: Path, tmp_path: Path) -> None:
+    run = RunDir(str(report_run))
+    with pytest.raises(ConfigError, match=f"experts 0 to {EXPERTS - 1}, not 7"):
+        prepare(
+            config_of(report_run, systems=[{"name": "m", "kind": "mixture"}, {"name": "x", "kind": "one_expert", "expert": 7}]),
+            run,
+        )
+    (caption,) = read_captions(run, images=2, seed=0)[:1]
+    shards = plan(run, prepare(config_of(report_run), run).casts, read_captions(run, images=1000, seed=0), images_per_file=4)
+    gone = [type(shards[0])(Painter(str(tmp_path), 0, 3), shards[0].parts, (caption,))]
+    with pytest.raises(RunDirError, match="is not there"):
+        missing(config_of(report_run), run, gone)
