@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from aptp_ray.config_files import read_tree
 from aptp_ray.credentials import has_password, masked, revealed
 from aptp_ray.evaluate_sections import Evaluation
 from aptp_ray.sections import (
@@ -72,6 +73,14 @@ class Config(Section):
             raise ValueError("teacher.source is empty: name a pipeline, or give teacher.vae and teacher.unet to train one")
         if teacher.source is not None and teacher.vae is not None:
             raise ValueError("teacher.vae trains a VAE from scratch, but teacher.source brings its own: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_code_by_rule(self) -> Config:
+        if self.prune.codes != "learned" and self.router.experts != 1:
+            raise ValueError(
+                f"prune.codes={self.prune.codes} makes one code, but router.experts={self.router.experts}: set router.experts=1"
+            )
         return self
 
     @model_validator(mode="after")
@@ -193,25 +202,13 @@ def _what(section: Section) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a YAML file and applies ``key.sub=value`` overrides (values are YAML).
 
+    A file may name another, beside it, that it changes: ``base: openmoji.yaml``. Sections are merged, lists are replaced.
+
     Raises:
         ConfigError: if the file is missing, is not YAML, has unknown keys or values out of range; one line, which names
             the key and what is allowed.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is no text file ({error.reason} at byte {error.start}): name a YAML file in UTF-8, e.g. one of jobs/configs"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_problem(error)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}; a config is a mapping of sections")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, origin=str(path))
+    return parse_config(read_tree(Path(path), overrides), origin=str(path))
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
@@ -244,33 +241,6 @@ def _given(item: Any) -> str:
     if item["type"] in {"missing", "value_error", "extra_forbidden", "union_tag_not_found"} or "storage_options" in item["loc"]:
         return ""
     return f" (got a {type(value).__name__})" if isinstance(value, dict | list) else f" (got {value!r})"
-
-
-def _problem(error: yaml.YAMLError) -> str:
-    """What YAML says is wrong and where, without the line itself, which may hold a secret."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
-    return " ".join(str(error).split())
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} is not key=value, e.g. prune.budget=0.5")
-    *parents, last = key.split(".")
-    node = tree
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {key}=...: {parent} is a value, not a section")
-        node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}=...: the value is not YAML: {_problem(error)}") from error
 
 
 __all__ = [

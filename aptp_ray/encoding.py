@@ -30,10 +30,12 @@ class Encoding:
 
     Attributes:
         latent_shape: (channels, height, width).
-        text_shape: (tokens, width) of the text encoder's states, whether they are stored or made in training.
+        text_shape: (tokens, width) of a text's states, whether they are stored or made in training. Of two text encoders
+            (Stable Diffusion XL) they stand side by side, with the pooled text in one more row.
         embedding_dim: of the prompt embedding z.
         resolution: pixels of an image's side.
-        fingerprints: ``{"vae": ..., "text_encoder": ..., "tokenizer": ..., "prompt_encoder": ...}``; see :func:`fingerprint`.
+        fingerprints: ``{"vae": ..., "text_encoder": ..., "tokenizer": ..., "prompt_encoder": ...}``, and ``text_encoder_2`` and
+            ``tokenizer_2`` where there are two; see :func:`fingerprint`.
         text: "states" or "tokens": what is stored of a caption.
         mode: "offline": rows hold tensors; "online": light rows, whose tensors are made anew in each epoch.
         precision: in which the VAE and the text encoder ran: "fp32", "bf16" or "fp16".
@@ -71,9 +73,37 @@ class Encoding:
         shapes = {name: tuple(value[name]) for name in ("latent_shape", "text_shape")}
         return cls(**(known | shapes))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model attends to: the rows of a text's states without that of its pooled text."""
+        return self.text_shape[0] - (self._text_encoders - 1)
+
+    @property
+    def ids_per_text(self) -> int:
+        """Token ids of one text, those of all tokenizers."""
+        return self._text_encoders * self.num_tokens
+
+    @property
+    def _text_encoders(self) -> int:
+        return 2 if "text_encoder_2" in self.fingerprints else 1
+
     def identity(self) -> dict[str, Any]:
         """Returns all that decides what the rows hold, as plain values."""
         return {name: value for name, value in json.loads(json.dumps(self.to_json())).items() if name != "sources"}
+
+    def row_bytes(self, text: str | None = None) -> int:
+        """Returns the bytes of one row's tensors; its texts come on top.
+
+        Args:
+            text: "states" or "tokens": as if that were stored; None: what is.
+        """
+        tokens, width = self.text_shape
+        z = 4 * self.embedding_dim  # float32
+        if self.mode == "online":
+            return z
+        caption = _STORED.itemsize * tokens * width if (text or self.text) == "states" else 4 * self.ids_per_text  # int32
+        # A latent's mean and its standard deviation.
+        return 2 * _STORED.itemsize * int(np.prod(self.latent_shape)) + caption + z
 
     def check(self, **expected: str) -> None:
         """Compares fingerprints.

@@ -174,6 +174,9 @@ class Router(Section):
         True, description="route by similarity and the transport's dual potentials; false: to the nearest code alone (reference)"
     )
     alignment: Positive = Field(8, description="kept channels are a multiple of this")
+    depth: Literal["modules", "layers"] = Field(
+        "modules", description="what of a transformer of several layers (SDXL) can be left out: the whole, or single layers"
+    )
 
 
 class PruneWeights(Section):
@@ -192,6 +195,11 @@ class PruneWeights(Section):
 class Prune(Section):
     """The pruning stage: router and codes learn under a budget."""
 
+    codes: Literal["learned", "ablation_greedy", "norm", "random", "block_removal"] = Field(
+        "learned",
+        description="learned: APTP; else one code for all prompts, by a rule (a baseline; needs router.experts=1): by importance "
+        "per MAC, by weights, at random, or BK-SDM's blocks, whose size is what it is",
+    )
     budget: Fraction = Field(0.65, description="MACs of the mixture over the teacher's, weighted by traffic")
     loop: Loop = Loop()
     predictor_lr: float = Field(2e-3, gt=0.0, description="peak learning rate of the architecture predictor")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,6 +59,9 @@ class Serve(Section):
     gpus_per_expert: float = Field(0.0, ge=0.0)
     threads_per_expert: Positive = Field(1, description="torch threads of one expert's replica on CPU")
     precision: Precision = "fp32"
+    weights: Literal["whole", "int8"] = Field(
+        "whole", description="int8: the layers of the experts' blocks keep their weights in eight bits, which saves memory"
+    )
 
     @property
     def batch_limit(self) -> int:

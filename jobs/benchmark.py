@@ -3,6 +3,10 @@
     python jobs/benchmark.py data      encoding against the bare encoders, reading against training, memory, faults
     python jobs/benchmark.py train     steps against their floors, workers, checkpoints, encoders inside the step
     python jobs/benchmark.py serve     HTTP against the engine, experts against the teacher, batching, latencies [--run-dir URI]
+    python jobs/benchmark.py simulator  jobs/plan.py's simulator against the service [--run-dir URI] [--out FOLDER]
+    python jobs/benchmark.py experts   experts' time against their MACs, at Stable Diffusion 2.1's size
+    python jobs/benchmark.py formats   an expert compiled, channels last, with eight-bit weights: time and output error
+    python jobs/benchmark.py mixture   aptp_ray.MixturePipeline against the engine alone [--run-dir URI]
     python jobs/benchmark.py switches  the prune stage's departures from the reference, each taken back on the demo
 """
 
@@ -14,17 +18,20 @@ from importlib import import_module
 
 from cli import errors_on_one_line, finish, say
 
-TOPICS = ("data", "train", "serve", "switches")
+TOPICS = ("data", "train", "serve", "simulator", "experts", "formats", "mixture", "switches")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("topic", choices=TOPICS)
-    arguments.add_argument("--run-dir", help="serve: a finished run of the demo, in place of experts cut for the occasion")
+    arguments.add_argument("--run-dir", help="serve, simulator, mixture: a finished demo run, in place of experts cut for it")
+    arguments.add_argument("--out", help="simulator: a folder to keep traces, step times and the fleet file in")
     options = arguments.parse_args()
-    if options.run_dir and options.topic != "serve":
-        arguments.error("--run-dir is for the topic serve")
-    given = {"run_dir": options.run_dir} if options.run_dir else {}
+    if options.run_dir and options.topic not in ("serve", "simulator", "mixture"):
+        arguments.error("--run-dir is for the topics serve, simulator and mixture")
+    if options.out and options.topic != "simulator":
+        arguments.error("--out is for the topic simulator")
+    given = {name: value for name in ("run_dir", "out") if (value := getattr(options, name))}
     begun = time.monotonic()
     with errors_on_one_line():
         figures = import_module(f"benchmarks.{options.topic}").measure(say, **given)

@@ -9,6 +9,7 @@ from typing import Any
 
 from aptp_ray.artifacts import RunDir, RunDirError
 from aptp_ray.config import Config, ConfigError, Loop
+from aptp_ray.credentials import revealed
 from aptp_ray.sections import OpenMoji
 from cli import on_a_cluster, say
 
@@ -38,20 +39,23 @@ class Cluster:
 
     Attributes:
         nodes: of each, its resources.
-        kinds: of each kind of node that can be added, its resources and how many there may be; empty: none can.
+        kinds: of each kind of node that can be added, its resources and how many there may be; empty: none can; None: an
+            autoscaler runs that does not say which.
     """
 
     nodes: list[Bundle]
-    kinds: list[tuple[Bundle, int]]
+    kinds: list[tuple[Bundle, int]] | None
 
     def verdict(self, ask: Ask) -> str:
-        """Returns "fits", or "fits once the cluster has grown".
+        """Returns "fits", "fits once the cluster has grown", or that nobody here knows.
 
         Raises:
             ConfigError: if it can never be scheduled.
         """
         if _room(ask.bundle, [(node, 1) for node in self.nodes]) >= ask.count:
             return "fits"
+        if self.kinds is None:
+            return "waits for nodes; which kinds the autoscaler may add is not known here"
         if self.kinds and _room(ask.bundle, self.kinds) >= ask.count:
             return "fits once the cluster has grown"
         have = [(node, 1) for node in self.nodes] + self.kinds
@@ -120,16 +124,11 @@ def cluster_at_hand(config: Config) -> Cluster:
         # As cli.ray_session starts it.
         return Cluster([{"CPU": float(max(4, os.cpu_count() or 1)), "GPU": float(gpus)}], [])
     import ray
-    from ray._private.state import state  # there is no public way to ask what an autoscaler may add
+
+    from aptp_ray.growth import kinds_to_come
 
     ray.init(log_to_driver=False, ignore_reinit_error=True)
-    found = state.get_cluster_config()
-    kinds = [
-        # The autoscaler's "no bound" is a count of -1.
-        (dict(group.resources), group.max_count if group.max_count >= 0 else 1_000)
-        for group in (found.node_group_configs if found else [])
-        if group.max_count
-    ]
+    kinds = kinds_to_come()
     return Cluster([dict(node["Resources"]) for node in ray.nodes() if node["Alive"]], kinds)
 
 
@@ -150,7 +149,6 @@ def rows_of(config: Config, run: RunDir, split: str) -> int | None:
 
 def storage_of(config: Config, run: RunDir) -> dict[str, Any]:
     """Returns what encoding will write, in bytes; None where it is not known yet."""
-    from aptp_ray.data.encode import _bytes_a_row
     from aptp_ray.data.encoder import describe
     from rows import encoder_spec, framing
 
@@ -162,7 +160,7 @@ def storage_of(config: Config, run: RunDir) -> dict[str, Any]:
         return {"row_bytes": None, "why": "the teacher's encoders are not here yet: known once the stage teacher is done"}
     else:
         folder = source
-    row = _bytes_a_row(describe(encoder_spec(config, folder), framing(config), config.encode.mode))
+    row = describe(encoder_spec(config, folder), framing(config), config.encode.mode).row_bytes()
     found: dict[str, Any] = {"row_bytes": row}
     for split in ("train", "validation"):
         rows = rows_of(config, run, split)
@@ -170,6 +168,40 @@ def storage_of(config: Config, run: RunDir) -> dict[str, Any]:
         found[f"encoded_{split}_bytes"] = None if rows is None else rows * config.encode.views * row
     found["assigned_bytes"] = found["encoded_train_bytes"]  # the same rows again, parted by expert
     return found
+
+
+# -- the teacher -----------------------------------------------------------------------------------------------------------------
+
+
+def check_teacher(config: Config, stages: Sequence[str]) -> None:
+    """Looks whether the teacher's source is there, and can be pruned to the budget, without fetching its weights.
+
+    Args:
+        config: of the run.
+        stages: that would run.
+
+    Raises:
+        ConfigError: naming the source, and what to do.
+    """
+    from aptp_ray.storage import file_system
+    from aptp_ray.train.prune import check_budget
+
+    source = config.teacher.source
+    if source is None or "://" not in source:  # a folder, or a hub id, of which a small file is read
+        if {"teacher", "prune"} & set(stages):
+            check_budget(config)
+        return
+    if "teacher" not in stages:
+        return
+    try:
+        fs, path = file_system(source, revealed(config.storage_options))
+        found = any(fs.exists(f"{path.rstrip('/')}/{name}") for name in ("model_index.json", "unet/config.json"))
+    except Exception as error:  # each store's client has failures of its own: no key, no bucket, no network
+        raise ConfigError(f"teacher.source={source!r} cannot be reached ({type(error).__name__}: {error})") from error
+    if not found:
+        raise ConfigError(
+            f"teacher.source={source!r} holds no model_index.json: copy a diffusers pipeline there, or name a hub id"
+        )
 
 
 # -- the job's answer ------------------------------------------------------------------------------------------------------------
@@ -182,7 +214,7 @@ def dry_run(config: Config, run: RunDir, stages: Sequence[str], *, overwrite: bo
         What the job's last line holds.
 
     Raises:
-        ConfigError: if a stage that would run can never be scheduled, or its data is not there.
+        ConfigError: if a stage that would run can never be scheduled, or its data or the teacher is not there.
         RunDirError: if the run directory was made with another config, as the job itself would.
     """
     say(config.to_yaml().rstrip())
@@ -193,6 +225,7 @@ def dry_run(config: Config, run: RunDir, stages: Sequence[str], *, overwrite: bo
     for stage in todo:
         for ask in asks_of(config, stage):
             resources[ask.what] = {"count": ask.count, **ask.bundle, "verdict": cluster.verdict(ask)}
+    check_teacher(config, todo)
     storage = storage_of(config, run) if {"encode", "assign"} & set(todo) else {}
     for stage, state in states.items():
         say(f"{stage}: {state}")

@@ -1,4 +1,5 @@
-"""Draws validation captions with the mixture and what it is compared with, and scores them: everything before -> evaluation/.
+"""Draws validation captions with the mixture and what it is compared with, and scores them: everything before -> evaluation/,
+and the report's page anew, with the scores in it.
 
 A job that was killed goes on where it was: what is drawn stays.
 """
@@ -13,8 +14,9 @@ import numpy as np
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config, ConfigError
 from aptp_ray.data.schema import IMAGE, REASON
-from cli import errors_on_one_line, finish, load, parser, ray_session, say
+from cli import errors_on_one_line, finish, load, parser, ray_session, run_stage, say
 from rows import framing, layout_of
+from stages import report
 
 
 def reference_images(config: Config, run: RunDir, captions: list[Any]) -> list[np.ndarray]:
@@ -56,8 +58,35 @@ def say_table(result: dict[str, Any]) -> None:
         say(f"{name:>20}: {system['macs_per_image'] / 1e9:.2f} GMACs an image, {scores}")
 
 
+def would_draw(config: Config, run: RunDir, work: Any, overwrite: bool) -> dict[str, Any]:
+    """Says what would be drawn, and whether the cluster can.
+
+    Raises:
+        ConfigError: if it never can.
+    """
+    from aptp_ray.evaluate.generation import missing
+    from dry_run import Ask, cluster_at_hand
+
+    compute = config.compute
+    left = work.shards if overwrite else missing(config, run, work.shards)
+    bundle = {"CPU": min(1.0, compute.cpus_per_worker), "GPU": compute.gpus_per_worker}
+    ask = Ask("evaluate's actors", config.evaluation.actors or 1, bundle, "evaluation.actors, compute.gpus_per_worker")
+    found = {
+        "dry_run": True,
+        "config": config.masked(),
+        "captions": len(work.captions),
+        "systems": len(work.casts),
+        "images": sum(len(shard.captions) for shard in work.shards),
+        "would_draw": sum(len(shard.captions) for shard in left),
+        "resources": {ask.what: {"count": ask.count, **bundle, "verdict": cluster_at_hand(config).verdict(ask)}},
+    }
+    say(config.to_yaml().rstrip())
+    say(f"evaluate: {found['would_draw']} of {found['images']} images are still to be drawn")
+    return found
+
+
 def main() -> None:
-    options = parser(__doc__).parse_intermixed_args()
+    options = parser(__doc__, can_dry_run=True).parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
         config = load(options)
@@ -67,6 +96,9 @@ def main() -> None:
         from aptp_ray.evaluate.encoders import Encoders
         from aptp_ray.evaluate.evaluation import device_of, evaluate, prepare
 
+        if options.dry_run:
+            finish({"run_dir": run.uri, "stage": "evaluate", **would_draw(config, run, prepare(config, run), options.overwrite)})
+            return
         if options.overwrite:
             run.remove("evaluation", "images")
         encoders = Encoders.load(config, device=device_of(config))
@@ -76,6 +108,7 @@ def main() -> None:
         say(f"evaluate: {len(work.captions)} captions, {len(work.casts)} systems, {total} images")
         with ray_session(config):
             result = evaluate(config, run, work, encoders, references)
+            run_stage("report", report, config, run, overwrite=True)  # its page has a place for the scores
     say_table(result)
     finish(
         {

@@ -1,4 +1,8 @@
-"""Runs all stages in their order and skips those that are done: teacher, encode, prune, assign, finetune, report."""
+"""Runs all stages in their order and skips those that are done: teacher, encode, prune, assign, finetune, report.
+
+--take-over RUN_DIR copies what another run has made with the same settings (the teacher, the encoded rows), so that runs that are
+to be compared encode once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config
 from aptp_ray.sections import OpenMoji
-from cli import Stage, errors_on_one_line, finish, load, parser, ray_session, run_stage
+from cli import Stage, errors_on_one_line, finish, load, parser, ray_session, run_stage, say
 from rows import layout_of
 from stages import STAGE_FUNCTIONS
 
@@ -46,7 +50,9 @@ def figures(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parser(__doc__, can_dry_run=True).parse_intermixed_args()
+    arguments = parser(__doc__, can_dry_run=True)
+    arguments.add_argument("--take-over", metavar="RUN_DIR", help="copy stages of this run where its config is the same")
+    options = arguments.parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
         config = load(options)
@@ -58,6 +64,11 @@ def main() -> None:
             finish({"run_dir": run.uri, "stage": "pipeline", **found})
             return
         check(config, run, overwrite=options.overwrite)
+        if options.take_over:
+            from aptp_ray.reuse import take_over
+
+            taken = take_over(config, run, RunDir(options.take_over, config.storage_options))
+            say(f"taken over from {options.take_over}: {', '.join(taken) or 'nothing'}")
         with ray_session(config):
             run_pipeline(config, run, overwrite=options.overwrite)
     seconds = round(time.monotonic() - begun, 1)

@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("fleet", help="YAML file, e.g. clusters/fleet.yaml")
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="of the fleet file, e.g. objective.p95_s=3")
     arguments.add_argument("--out", help="where the Serve config is written")
+    arguments.add_argument("--host", default="0.0.0.0", help="of the written config: interface of every node's proxy")
+    arguments.add_argument("--port", type=int, default=8000, help="likewise")
     arguments.add_argument("--scale", action="store_true", help="compare fleets of 1, 8, 64, 512 and 4096 of the first device")
     arguments.add_argument("--trace", help="JSON lines of a real service's requests")
     arguments.add_argument("--deployed", action="store_true", help="with --trace: the service of the run's config, not the plan")
@@ -67,7 +69,8 @@ def planned(options: argparse.Namespace, run: RunDir, config: Config) -> dict[st
         + ("" if found["keeps_the_promise"] else "; THE PROMISE IS NOT KEPT: lower objective.utilisation")
     )
     if options.out:
-        text = to_yaml(plan, run.uri, serve=config.serve)
+        where = {"storage_options": config.storage_options, "host": options.host, "port": options.port}
+        text = to_yaml(plan, run.uri, serve=config.serve, **where)
         validate(text)
         Path(options.out).write_text(text, encoding="utf-8")
         say(f"written: {options.out}; serve deploy {options.out}")
@@ -109,15 +112,15 @@ def scaled(fleet: Any, models: list[Any], teacher_macs: int, seed: int) -> dict[
 
 def deployed(config: Config, fleet: Any, models: list[Any], teacher_macs: int) -> tuple[list[Any], list[Any]]:
     """Returns the hosts and step times of the service as the run's config has it, on the first device."""
-    from aptp_ray.plan.simulate import Host
+    from aptp_ray.plan.simulate import host_of, simulated_times
     from aptp_ray.plan.times import step_times
 
     device, replicas = fleet.devices[0], max(1, config.serve.replicas)
-    times = [step_times(model, device, fleet, teacher_macs).seconds for model in models]
+    times = [simulated_times(step_times(model, device, fleet, teacher_macs), device) for model in models]
     dealt = [model for model in range(len(models)) for _ in range(replicas)]
     each = int(1 / config.serve.gpus_per_expert) if config.serve.gpus_per_expert else len(dealt)
     each = max(1, min(each, len(dealt)))
-    return [Host(tuple(dealt[at : at + each]), device.lanes) for at in range(0, len(dealt), each)], times
+    return [host_of(device, dealt[at : at + each], fleet) for at in range(0, len(dealt), each)], times
 
 
 def traced(options: argparse.Namespace, hosts: list[Any], times: list[Any], overhead_s: float) -> dict[str, Any]:

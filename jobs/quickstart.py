@@ -18,6 +18,7 @@ from aptp_ray.artifacts import open_run
 from cli import DEMO_CONFIG, errors_on_one_line, finish, load, parser, ray_session, say
 from pipeline import check, figures, run_pipeline
 from serve import curl_line, wait_for_stop
+from stages import STAGE_FUNCTIONS
 
 
 def request_image(address: str, prompt: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def request_image(address: str, prompt: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parser(__doc__, default_config=DEMO_CONFIG)
+    arguments = parser(__doc__, default_config=DEMO_CONFIG, can_dry_run=True)
     arguments.add_argument("--port", type=int, help="of the service; 0: a free one; by default the config's")
     arguments.add_argument("--no-serve", action="store_true", help="end after the request to itself")
     options = arguments.parse_intermixed_args()
@@ -55,6 +56,12 @@ def main() -> None:
 
         config = load(options)
         run = open_run(config)
+        if options.dry_run:
+            from dry_run import dry_run
+
+            found = dry_run(config, run, list(STAGE_FUNCTIONS), overwrite=options.overwrite)
+            finish({"run_dir": run.uri, "stage": "quickstart", **found})
+            return
         port = config.serve.port if options.port is None else options.port
         if options.no_serve and options.port is None:
             port = 0

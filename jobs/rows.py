@@ -86,6 +86,7 @@ def encode_rows(config: Config, run: RunDir, split: str, parts: tuple[str, ...],
         rows_per_file=encode.rows_per_file,
         max_rejected_fraction=encode.max_rejected_fraction,
         resources=encode.resources,
+        on_gpu=config.compute.gpus_per_worker > 0,
     )
 
 

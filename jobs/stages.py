@@ -119,11 +119,13 @@ def prune_run(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def prune(config: Config, run: RunDir) -> dict[str, Any]:
-    """Trains the router and hardens its codes."""
+    """Trains the router and hardens its codes; or makes one code by a rule."""
     from aptp_ray.train.launch import launch
     from aptp_ray.train.prune import prune_worker
+    from aptp_ray.train.static import static_worker
 
-    return launch(prune_worker, config=config, run=run, name="prune", **prune_run(config, run))
+    worker = prune_worker if config.prune.codes == "learned" else static_worker
+    return launch(worker, config=config, run=run, name="prune", **prune_run(config, run))
 
 
 def assign(config: Config, run: RunDir) -> dict[str, Any]:

@@ -60,6 +60,46 @@ def test_global_batches_divide_among_the_workers(path: Path) -> None:
         loop.check_division("loop", loop.workers or config.compute.workers)
 
 
+@pytest.mark.parametrize("name", ["one_code", "greedy", "norm", "random", "blocks"])
+def test_a_baseline_gets_what_the_mixture_gets(name: str) -> None:
+    mixture, baseline = (load_config(CONFIGS / f"openmoji{tail}.yaml") for tail in ("", f"_{name}"))
+    assert stage_hash(mixture, "encode") == stage_hash(baseline, "encode")
+    shared, apart = (
+        [loop.steps * loop.global_batch_size for loop in (config.finetune.shared, config.finetune.apart) if loop]
+        for config in (mixture, baseline)
+    )
+    assert baseline.router.experts == 1 and shared[1] * mixture.router.experts == apart[1] and shared[0] == apart[0]
+    same = [config.finetune.model_dump(exclude={"apart": {"steps", "workers"}}) for config in (mixture, baseline)]
+    assert same[0] == same[1] and mixture.prune.budget == baseline.prune.budget
+
+
+# -- files on files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_changes_its_base_key_by_key(tmp_path: Path) -> None:
+    write(tmp_path, small(prune={"budget": 0.5, "code_lr": 0.1}))
+    (tmp_path / "a.yaml").write_text("base: config.yaml\nprune: {budget: 0.6}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nprune: {code_lr: 0.2}\ndata: {source: {kind: openmoji}, resolution: 64}\n")
+    config = load_config(tmp_path / "b.yaml", ["prune.budget=0.7"])
+    assert (config.prune.budget, config.prune.code_lr) == (0.7, 0.2)
+    assert load_config(tmp_path / "a.yaml").prune.budget == 0.6
+    assert config.data.source.kind == "openmoji"  # of another kind: nothing of the base's source is left
+
+
+def test_bases_that_are_missing_or_go_in_a_circle_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    with pytest.raises(ConfigError, match=r"b\.yaml: No such file"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="its own base"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_rule_makes_one_code(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"router\.experts=1"):
+        parse_config(small(prune={"codes": "norm"}, router={"experts": 4}))
+
+
 @pytest.mark.parametrize("name", ["sd21_cc3m", "sd21_coco"])
 def test_the_reference_schedule(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")

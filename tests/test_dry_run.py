@@ -16,6 +16,7 @@ import cli
 import dry_run
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import STAGES, Config, ConfigError, load_config, parse_config
+from aptp_ray.growth import kinds_of_ray_up, kinds_to_come
 from dry_run import Ask, Cluster, asks_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,32 @@ def test_what_fits_what_fits_later_and_what_never_does() -> None:
         with pytest.raises(ConfigError, match="never be scheduled.*compute.workers") as error:
             Cluster(nodes, kinds).verdict(workers)
         assert "\n" not in str(error.value)
+
+
+def test_an_autoscaler_that_does_not_say_what_it_may_add_is_given_the_benefit_of_the_doubt() -> None:
+    assert "not known" in Cluster([{"CPU": 0.0}], None).verdict(Ask("x", 8, {"CPU": 4, "GPU": 1}))
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_what_ray_up_may_add_is_read_from_its_file(name: str) -> None:
+    kinds = kinds_of_ray_up(ROOT / "clusters" / f"{name}.yaml")
+    assert sorted((kind["CPU"], kind.get("GPU", 0), count) for kind, count in kinds) == [(16, 0, 12), (48, 4, 4), (48, 4, 8)]
+    workers = asks_of(load_config(CONFIGS / "sd21_cc3m.yaml"), "prune")
+    assert Cluster([{"CPU": 0.0}], kinds).verdict(workers[0]) == "fits once the cluster has grown"
+
+
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [("ulimit -n 65536; ray start --head --no-monitor --num-cpus=0", False), ("ray start --head --num-cpus=4", True)],
+)
+def test_kuberays_autoscaler_is_known_by_its_heads_command(
+    command: str, known: bool, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where `ray up` would have left a file
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", command)
+    assert kinds_to_come() == ([] if known else None)
+    (tmp_path / "ray_bootstrap_config.yaml").write_text((ROOT / "clusters" / "aws.yaml").read_text())
+    assert len(kinds_to_come() or []) == 3
 
 
 def test_resources_of_two_nodes_do_not_make_one_worker() -> None:
@@ -117,6 +144,19 @@ def test_missing_data_and_impossible_workers_are_refused(tmp_path: Path) -> None
         dry_run.dry_run(config, RunDir(config.run_dir), ["prune"], overwrite=False)
 
 
+@pytest.mark.parametrize("source", ["/nowhere/stable-diffusion-2-1", "memory://nowhere/sd21", "s3://bucket/sd21"])
+def test_a_teacher_that_is_not_there_is_told_before_anything_runs(source: str, tmp_path: Path) -> None:
+    # Nobody listens there: a store that is out of reach is a mistake to be mended, not a traceback.
+    client = {"connect_timeout": 1, "retries": {"max_attempts": 0}}
+    nobody = {"key": "a", "secret": "a", "endpoint_url": "http://127.0.0.1:9", "config_kwargs": client}
+    options = [f"storage_options={json.dumps(nobody)}"] if source.startswith("s3") else []
+    config = demo(str(tmp_path / "run"), f"teacher.source={source}", "teacher.text_encoder=null", *options)
+    with pytest.raises(ConfigError, match=source):
+        dry_run.check_teacher(config, STAGES)
+    if "://" in source:
+        dry_run.check_teacher(config, ["finetune"])  # which has the run's own copy
+
+
 # -- how jobs end ----------------------------------------------------------------------------------------------------------------
 
 
@@ -133,9 +173,10 @@ def job(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
 
-def test_a_dry_run_of_the_pipeline_ends_with_its_line(tmp_path: Path) -> None:
-    code, line, error = job("jobs/pipeline.py", "jobs/configs/smoke.yaml", "--run-dir", str(tmp_path / "run"), "--dry-run")
-    assert code == 0 and line["stage"] == "pipeline" and line["dry_run"] and line["would_run"] == list(STAGES), error[-2000:]
+@pytest.mark.parametrize("name", ["pipeline", "quickstart"])
+def test_a_dry_run_of_all_stages_ends_with_its_line(name: str, tmp_path: Path) -> None:
+    code, line, error = job(f"jobs/{name}.py", "jobs/configs/smoke.yaml", "--run-dir", str(tmp_path / "run"), "--dry-run")
+    assert code == 0 and line["stage"] == name and line["dry_run"] and line["would_run"] == list(STAGES), error[-2000:]
     assert not (tmp_path / "run").exists()
 
 

@@ -14,12 +14,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "aptp_ray"
 
 SHELLS = {"data", "train", "evaluate", "serve", "demo", "hub", "plan"}
-MIDDLE = {"artifacts", "tracking", "encoding"}  # what the shells meet through
+MIDDLE = {"artifacts", "tracking", "encoding", "growth"}  # what the shells meet through
 BOTTOM = {"core", "config"}  # these do not know each other
 # Files that are a part of their neighbor, and stand apart only to be short.
 PART_OF = {
-    **dict.fromkeys(("section", "sections", "data_sections", "serve_sections", "evaluate_sections", "credentials"), "config"),
-    "storage": "artifacts",
+    **dict.fromkeys(("section", "sections", "data_sections", "serve_sections", "evaluate_sections"), "config"),
+    **dict.fromkeys(("credentials", "config_files"), "config"),
+    **dict.fromkeys(("storage", "reuse"), "artifacts"),
 }
 ORCHESTRATION = {"ray", "wandb"}
 CORE_LIBRARIES = {"torch", "diffusers", "transformers", "ot", "numpy", "safetensors", "PIL"}

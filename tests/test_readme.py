@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from aptp_ray.config import load_config, parse_config
+from aptp_ray.plan.fleet import load_fleet
 from aptp_ray.sections import Source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +51,15 @@ def test_readme_shows_the_quickstart_and_the_tests() -> None:
 def test_every_job_and_config_of_readme_is_there(words: list[str]) -> None:
     assert (ROOT / words[0]).is_file()
     for word in words[1:]:
-        if word.endswith(".yaml"):
+        if word.startswith("jobs/configs/"):
             load_config(ROOT / word)
+        elif word.startswith("clusters/"):
+            load_fleet(ROOT / word)
+
+
+def test_every_cluster_file_of_readme_is_there() -> None:
+    for word in re.findall(r"\bclusters/[\w./-]+", "\n".join(COMMANDS)):
+        assert (ROOT / word).is_file(), word
 
 
 @pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", README, re.S), ids=lambda text: text.splitlines()[0][2:32])

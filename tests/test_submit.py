@@ -3,109 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(what: Any, seconds: float, message: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, message
-        time.sleep(1)
-    return found
-
-
-class Cluster:
-    """A head of its own, with dashboard and job server behind a token; no other Ray of this machine is touched."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port, self.token = free_port(), secrets.token_hex(16)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.environment = kept | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self.token,
-            "WANDB_MODE": "disabled",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        self.log = folder / "head.log"
-        # Short: Ray's sockets lie in it. A folder of its own also keeps this head's address from `ray.init()` of others.
-        self.scratch = tempfile.mkdtemp(prefix="r", dir="/tmp")
-        named = {"--dashboard-port": self.port}
-        named |= {f"--{name}port": free_port() for name in ("", "dashboard-agent-listen-", "ray-client-server-")}
-        ports = [f"{name}={number}" for name, number in named.items()]
-        size = ["--num-cpus=4", "--num-gpus=0", "--object-store-memory=500000000"]
-        with self.log.open("w") as log:
-            self.head = subprocess.Popen(
-                [RAY, "start", "--head", "--block", "--temp-dir", self.scratch, *size, *ports],
-                env=self.environment,
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def close(self) -> None:
-        """Ends all processes of the head's session, by their ids: `ray stop` would end every Ray of this machine."""
-        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
-            try:
-                if os.getsid(pid) == self.head.pid:
-                    os.kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # gone meanwhile, or another user's
-                continue
-        self.head.wait(30)
-        shutil.rmtree(self.scratch, ignore_errors=True)
-
-    def job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs `ray job VERB`, as a user does."""
-        command = [RAY, "job", verb, "--address", f"http://127.0.0.1:{self.port}", *arguments]
-        return subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
-
-    def ask(self, path: str, token: str | None = None) -> Any:
-        """Asks the dashboard; None while it is not up."""
-        headers = {"Authorization": f"Bearer {token or self.token}"}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError:
-            raise
-        except OSError:
-            return None
-
-    def status(self, job: str) -> str:
-        return str((self.ask(f"/api/jobs/{job}") or {}).get("status"))
+from nodes import Cluster, wait_for
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(tmp_path)
     try:
-        wait_for(lambda: made.ask("/api/version"), 120, "the head did not start")
+        made.wait()
         yield made
     finally:
         made.close()

@@ -62,13 +62,14 @@ def model_inputs(
         timesteps: [batch].
         text_states: [batch, tokens, width]. For a model that also reads a pooled text (Stable Diffusion XL), the last
             row is not a token's: it starts with the pooled text, and is filled up with zeros.
-        text_mask: bool [batch, tokens] of real tokens, or None.
+        text_mask: bool [batch, tokens] of real tokens, or None: of a transformer, tokens whose states are all zero are padding.
     """
     stock = bare(model)
     inputs: dict[str, Any] = {"timestep": timesteps, "encoder_hidden_states": text_states}
     height, width = (float(_PIXELS_PER_LATENT * size) for size in sample.shape[-2:])
-    rows = len(sample)
+    rows = sample.shape[0]
     if isinstance(stock, PixArtTransformer2DModel):
+        text_mask = text_states.ne(0).any(dim=-1) if text_mask is None else text_mask
         inputs |= {"hidden_states": sample, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
         if stock.use_additional_conditions:
             inputs["added_cond_kwargs"] = {
@@ -104,11 +105,11 @@ def prediction_of(output: Tensor, sample: Tensor) -> Tensor:
 def as_unet(model: Any) -> Any:
     """A model that is called as `unet(sample, timesteps, encoder_hidden_states=...)`, by which alone it is conditioned.
 
-    A stock Stable Diffusion 1.x or 2.x UNet is one already and comes back as it is.
+    A stock Stable Diffusion 1.x or 2.x UNet is one already and comes back as it is, and so does what this has returned.
     """
     stock = bare(model)
     plain = isinstance(stock, UNet2DConditionModel) and pooled_width(stock) is None
-    return model if plain else AsUNet(model)
+    return model if plain or isinstance(model, AsUNet) else AsUNet(model)
 
 
 class AsUNet(nn.Module):
@@ -155,8 +156,6 @@ class AsUNet(nn.Module):
         return_dict: bool = True,
     ) -> Any:
         """[batch, channels, height, width] -> the same, in diffusers' output type or as a tuple of one."""
-        if encoder_attention_mask is None and isinstance(bare(self.unet), PixArtTransformer2DModel):
-            encoder_attention_mask = encoder_hidden_states.ne(0).any(dim=-1)
         inputs = model_inputs(self.unet, sample, timestep, encoder_hidden_states, encoder_attention_mask)
         output = prediction_of(self.unet(**inputs, return_dict=False)[0], sample)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
@@ -20,6 +19,9 @@ from aptp_ray.data.layout import Layout
 from aptp_ray.data.rows import Framing, chunk_rows
 from aptp_ray.data.stream import promised_rows, write_split
 from aptp_ray.encoding import Encoding
+from aptp_ray.growth import kinds_to_come
+
+_MOST_UNKNOWN = 16  # encoding actors, where an autoscaler does not say how many nodes it may add; encode.actors says otherwise
 
 
 def encode_split(
@@ -35,6 +37,7 @@ def encode_split(
     rows_per_file: int = 512,
     max_rejected_fraction: float = 0.1,
     resources: dict[str, float] | None = None,
+    on_gpu: bool = False,
 ) -> dict[str, Any]:
     """Encodes one split; called again after a kill, it goes on with the units that are not done.
 
@@ -46,10 +49,11 @@ def encode_split(
         framing: how images become squares.
         mode: "offline", or "online": light rows without tensors; images are decoded and checked all the same.
         batch_size: rows that an actor encodes at once.
-        actors: encoding actors; None: one a GPU, or one for every two CPUs of the cluster as it is now.
+        actors: encoding actors; None: one a GPU, or one for every two CPUs, of the cluster or of what it may grow to.
         rows_per_file: about how many rows a file holds; fewer where images are large.
         max_rejected_fraction: of the source rows; and of the units, as to those that stay out of reach.
         resources: custom Ray resources of an actor.
+        on_gpu: ask for GPUs also where none is there yet, but nodes may come.
 
     Returns:
         ``{"rows_in", "rows", "rejected", "views", "shards": {name: [rows in, rows, rejected]}, "encoding"}``;
@@ -65,7 +69,7 @@ def encode_split(
         raise ConfigError(f"encode.mode={mode!r} is neither offline nor online")
     light = mode == "online"
     encoding = describe(spec, framing, mode)
-    pool = _pool(actors, resources)
+    pool = _pool(actors, resources, on_gpu)
     units = layout.units()
     promised = promised_rows(layout, units)
     print(_estimate(encoding, promised, output.address(*parts)), file=sys.stderr, flush=True)
@@ -83,7 +87,7 @@ def encode_split(
         made_by={"encoding": encoding.identity()},
         framing=framing,
         light=light,
-        rows=chunk_rows(rows_per_file, batch_size, 0 if light else 3 * framing.resolution**2, _bytes_a_row(encoding)),
+        rows=chunk_rows(rows_per_file, batch_size, 0 if light else 3 * framing.resolution**2, encoding.row_bytes()),
         encoded=encoded,
         max_rejected_fraction=max_rejected_fraction,
         promised=promised,
@@ -122,33 +126,34 @@ def write_squares(
     return {**accounts.counts(), "shards": accounts.shards()}
 
 
-def _pool(actors: int | None, resources: dict[str, float] | None) -> dict[str, Any]:
-    """Resources of the actor pool."""
-    have = ray.cluster_resources()
-    missing = [name for name, amount in (resources or {}).items() if have.get(name, 0) < amount]
-    if missing:
+def _pool(actors: int | None, resources: dict[str, float] | None, on_gpu: bool = False) -> dict[str, Any]:
+    """Resources of the actor pool: by what the cluster has, or, where nodes come when they are asked for, by what it may have."""
+    have, kinds = ray.cluster_resources(), kinds_to_come()
+    known = set(have).union(*(kind for kind, _ in kinds or []))
+    missing = [name for name, amount in (resources or {}).items() if name not in known or (kinds == [] and have[name] < amount)]
+    if missing and kinds is not None:
         raise ConfigError(
-            f"encode.resources asks for {', '.join(missing)}, the cluster has {', '.join(sorted(have))}: "
+            f"encode.resources asks for {', '.join(missing)}, the cluster has {', '.join(sorted(known))}: "
             "start nodes with that resource, or leave encode.resources empty"
         )
-    cpus, gpus = have.get("CPU", 1), int(have.get("GPU", 0))
-    size = actors or gpus or max(1, int(cpus // 2))
+
+    def total(name: str) -> int:
+        coming = sum(kind.get(name, 0) * count for kind, count in kinds or [])
+        return int(have.get(name, 0) + coming)
+
+    gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
+    grows = kinds != []
+    if gpus or (grows and on_gpu):
+        most = actors or max(1, gpus, total("GPU") if kinds is not None else _MOST_UNKNOWN)
+        each = {"num_gpus": 1, "num_cpus": 1}
+    else:
+        most = actors or max(1, total("CPU") // 2 if kinds is not None else max(cpus // 2, _MOST_UNKNOWN))
+        # Actors hold their CPUs until the end: with none left, the decoding tasks would wait for ever.
+        each = {"num_cpus": 1 if grows or most < cpus else 0}
+    # Where nodes come and go, the pool begins with one actor and asks for more while chunks wait.
+    size: dict[str, Any] = {"size": most} if actors or not grows else {"min_size": 1, "max_size": most}
     # Two chunks an actor: one is encoded while the other is fetched. More would queue up in memory.
-    pool = {"compute": ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2), "resources": resources or None}
-    if gpus:
-        return pool | {"num_gpus": 1, "num_cpus": 1}
-    # Actors hold their CPUs until the end: with none left, the decoding tasks would wait for ever.
-    return pool | {"num_cpus": 1 if size < cpus else 0}
-
-
-def _bytes_a_row(encoding: Encoding, text: str | None = None) -> int:
-    """Bytes of an encoded row's tensors; float16 latents and states, int32 ids, float32 z."""
-    tokens, width = encoding.text_shape
-    z = 4 * encoding.embedding_dim
-    if encoding.mode == "online":
-        return z
-    caption = 2 * tokens * width if (text or encoding.text) == "states" else 4 * tokens
-    return 2 * 2 * int(np.prod(encoding.latent_shape)) + caption + z
+    return {"compute": ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=2), "resources": resources or None, **each}
 
 
 def _estimate(encoding: Encoding, rows: int | None, where: str) -> str:
@@ -157,9 +162,9 @@ def _estimate(encoding: Encoding, rows: int | None, where: str) -> str:
     count = f"{rows or 1_000_000:,} {'images' if rows is not None else 'images (their number is not known yet)'}"
     each = f"{count}, {views} view{'s' if views > 1 else ''} each"
     if encoding.mode == "online":
-        one = _bytes_a_row(encoding)
+        one = encoding.row_bytes()
         return f"light rows into {where}: {one / 1e3:.1f} kB a row without texts, {one * many / 1e9:.2f} GB for {each}"
-    sizes = {text: _bytes_a_row(encoding, text) for text in ("states", "tokens")}
+    sizes = {text: encoding.row_bytes(text) for text in ("states", "tokens")}
     other = "tokens" if encoding.text == "states" else "states"
     return (
         f"encoding into {where}: {sizes[encoding.text] / 1e3:.1f} kB a row without texts, "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from aptp_ray.artifacts import resolve_source
 from aptp_ray.config import ConfigError
+from aptp_ray.core.components import class_name_of, load_text, load_vae, read_index, text_parts
 from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.data.encoded import encoded_schema
 from aptp_ray.data.rows import (
@@ -50,8 +50,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Root mean square of the difference to fp32 over that of the value. Measured on the demo's VAE and MiniLM, the larger of latents
 # and text states: bf16 .011, fp16 .0016.
 PRECISION_TOLERANCE = {"bf16": 2e-2, "fp16": 3e-3}
-# Tokenizers without a limit of their own report an astronomic one.
-_NO_LIMIT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,12 @@ class EncoderSpec:
     """Which encoders run, and how; all that an actor needs to load them.
 
     Attributes:
-        pipeline_dir: a diffusers pipeline's folder or URI; its vae, text_encoder and tokenizer are used.
+        pipeline_dir: a diffusers pipeline's folder or URI; its VAE, text encoders and tokenizers are used.
         prompt_encoder: what :func:`aptp_ray.artifacts.resolve_source` takes.
         max_tokens: tokens that captions are padded and cut to; None: the tokenizer's limit, as Stable Diffusion has it.
-        precision: in which the VAE and the text encoder run: "fp32", "bf16" (latents and states within 2 % of fp32, in the root
-            mean square) or "fp16" (within 0.3 %); see PRECISION_TOLERANCE. The prompt encoder always runs in float32.
+        precision: in which the VAE and the text encoders run: "fp32", "bf16" (latents and states within 2 % of fp32, in the root
+            mean square) or "fp16" (within 0.3 %); see PRECISION_TOLERANCE. The prompt encoder always runs in float32, and so does
+            a VAE whose config says ``force_upcast`` (Stable Diffusion XL's).
         threads: torch threads on CPU.
         storage_options: for a ``pipeline_dir`` that is a URI.
         text: "states": the text encoder runs; "tokens": it does not, and token ids are stored.
@@ -114,10 +113,9 @@ class Encoder:
         if light:
             return
         dtype, folder = DTYPES[spec.precision], spec.folder()
-        self._vae = _load(folder, "vae", self._device, torch_dtype=dtype)
-        self._text_encoder = _load(folder, "text_encoder", self._device, dtype=dtype) if spec.text == "states" else None
-        self._tokenizer = _component(folder, "tokenizer").from_pretrained(folder / "tokenizer")
-        self._tokens = _num_tokens(self._tokenizer, spec.max_tokens)
+        self._vae = load_vae(folder, dtype=dtype, device=self._device)
+        self._states = spec.text == "states"
+        self._text = load_text(folder, models=self._states, max_tokens=spec.max_tokens, dtype=dtype, device=self._device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Encodes cropped rows.
@@ -162,16 +160,11 @@ class Encoder:
         columns = {EMBEDDING: pa.ListArray.from_arrays(pa.array(offsets), pa.array(z.ravel()))}
         if self._light:
             return columns
-        tokens = self._tokenizer(
-            unique, padding="max_length", max_length=self._tokens, truncation=True, return_tensors="pt"
-        ).to(self._device)
-        columns[TEXT_LENGTH] = pa.array(tokens.attention_mask.sum(dim=1).cpu().numpy()[place], pa.int32())
-        if self._text_encoder is None:
-            return columns | {TEXT_TOKENS: binary_column(tokens.input_ids.cpu().numpy().astype("<i4")[place])}
-        # As StableDiffusionPipeline.encode_prompt: padding is masked only where the text encoder's config says so.
-        masked = getattr(self._text_encoder.config, "use_attention_mask", False)
-        states = self._text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0]
-        return columns | {TEXT_STATES: binary_column(_half(states)[place])}  # n x [tokens, width]
+        ids, mask = self._text.tokenize(unique)
+        columns[TEXT_LENGTH] = pa.array(mask.sum(dim=1).numpy()[place], pa.int32())
+        if not self._states:
+            return columns | {TEXT_TOKENS: binary_column(ids.numpy().astype("<i4")[place])}
+        return columns | {TEXT_STATES: binary_column(_half(self._text.states(ids, mask))[place])}  # n x [tokens, width]
 
 
 class ChunkEncoder:
@@ -212,19 +205,19 @@ def describe(spec: EncoderSpec, framing: Framing, mode: str = "offline") -> Enco
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no {name}; check teacher.source")
     vae = json.loads((folder / "vae/config.json").read_text())
-    text = json.loads((folder / "text_encoder/config.json").read_text())
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     if resolution % factor:
         raise ValueError(f"data.resolution={resolution} is not a multiple of {factor}, the VAE's factor")
-    tokenizer = _component(folder, "tokenizer").from_pretrained(folder / "tokenizer")
+    text = load_text(folder, models=False, max_tokens=spec.max_tokens)
     try:
         prompt_encoder = PromptEncoder.from_pretrained(resolve_source(spec.prompt_encoder, spec.storage_options))
     except FileNotFoundError as error:
         raise ConfigError(f"router.prompt_encoder={spec.prompt_encoder!r}: {error}") from error
-    parts = ("vae", "text_encoder", "tokenizer")
+    index = read_index(folder)
+    parts = ("vae", *text_parts(index))
     return Encoding(
         latent_shape=(vae["latent_channels"], resolution // factor, resolution // factor),
-        text_shape=(_num_tokens(tokenizer, spec.max_tokens), text.get("hidden_size") or text["d_model"]),
+        text_shape=text.shape,
         embedding_dim=prompt_encoder.dim,
         resolution=resolution,
         fingerprints={
@@ -238,13 +231,9 @@ def describe(spec: EncoderSpec, framing: Framing, mode: str = "offline") -> Enco
         sources={
             "pipeline": spec.pipeline_dir,
             "prompt_encoder": spec.prompt_encoder,
-            **{name: _component(folder, name).__name__ for name in parts},
+            **{name: class_name_of(index, name) for name in parts},
         },
     )
-
-
-def _load(folder: Path, name: str, device: torch.device, **options: Any) -> Any:
-    return _component(folder, name).from_pretrained(folder / name, **options).to(device).eval().requires_grad_(False)
 
 
 def _hush() -> None:
@@ -252,33 +241,6 @@ def _hush() -> None:
     if not sys.stderr.isatty():
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-
-
-def _component(folder: Path, name: str) -> Any:
-    """Returns the class that the pipeline's index names for a component, from the two libraries that may have it."""
-    file = folder / "model_index.json"
-    if file.exists():
-        index = json.loads(file.read_text())
-    else:  # a pipeline whose UNet is still to be trained
-        text_encoder = json.loads((folder / "text_encoder/config.json").read_text())["architectures"][0]
-        index = {
-            "vae": ("diffusers", "AutoencoderKL"),
-            "text_encoder": ("transformers", text_encoder),
-            "tokenizer": ("transformers", "AutoTokenizer"),
-        }
-    if (index.get("text_encoder_2") or (None,))[0]:
-        raise ValueError(f"{folder} has two text encoders; pipelines with one (Stable Diffusion 1.x, 2.x) can be encoded")
-    library, class_name = index.get(name) or (None, None)
-    if class_name is None or library not in ("diffusers", "transformers"):
-        raise ValueError(f"{file} names no {name} of diffusers or transformers (it says {library!r})")
-    return getattr(import_module(library), class_name)
-
-
-def _num_tokens(tokenizer: Any, max_tokens: int | None) -> int:
-    tokens = max_tokens or tokenizer.model_max_length
-    if tokens > _NO_LIMIT:
-        raise ValueError("the tokenizer has no model_max_length: set teacher.max_tokens")
-    return int(tokens)
 
 
 def _half(values: torch.Tensor) -> np.ndarray:

@@ -25,6 +25,7 @@ from aptp_ray.data.layout import Layout
 from aptp_ray.data.reader import Columns, EncodedReader, Ranges, to_numpy
 from aptp_ray.data.rows import ROWS, Framing, cropped_table, framed, pack_rows, unpack_rows
 from aptp_ray.data.sources import ordered
+from aptp_ray.growth import kinds_to_come
 
 _NUMBER, _RANGES, _PROBLEM = "number", "ranges", "problem"
 LIGHT = (schema.KEY, schema.SHARD, schema.POSITION, schema.VIEW, schema.CAPTION)  # what names a row of the source
@@ -97,12 +98,13 @@ class OnlineReader:
             ConfigError: if no GPU is left, or the layout's source is gone.
         """
         cluster = ray.cluster_resources()
-        free = int(cluster.get("GPU", 0) - held_gpus)
-        if cluster.get("GPU", 0) and free < 1:
+        free, grows = int(cluster.get("GPU", 0) - held_gpus), kinds_to_come() != []
+        if cluster.get("GPU", 0) and free < 1 and not grows:
             raise ConfigError(
                 f"encode.mode=online needs GPUs for the encoders besides the {held_gpus:g} of {cluster['GPU']:g} that train: add "
                 "nodes, lower compute.workers, or encode offline"
             )
+        coming = grows and held_gpus > 0 and free < 1
         rows = EncodedReader.open(run, *parts, columns=LIGHT)
         # One by one in the object store: a unit may carry its part of a large table, and a task needs a few of them.
         units = {unit.name: ray.put(unit) for unit in layout.units()}
@@ -114,8 +116,9 @@ class OnlineReader:
             spec=spec,
             framing=framing,
             batch_size=batch_size,
-            actors=actors or free or max(1, int(cluster.get("CPU", 1) // 2)),
-            on_gpu=free > 0,
+            # Of GPUs that are still to come, one: how many is for encode.actors to say.
+            actors=actors or max(free, 0) or (1 if coming else max(1, int(cluster.get("CPU", 1) // 2))),
+            on_gpu=free > 0 or coming,
             resources=dict(resources or {}),
         )
 

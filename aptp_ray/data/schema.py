@@ -18,8 +18,8 @@ METADATA = "metadata"  # str: the source's own JSON, "" where there is none
 
 LATENT_MEAN = "latent_mean"  # float16 [channels, height, width]: mean of the VAE's posterior, times its scaling factor
 LATENT_STD = "latent_std"  # float16, the same shape: its standard deviation, times the scaling factor
-TEXT_STATES = "text_states"  # float16 [tokens, width]: the text encoder's last hidden state
-TEXT_TOKENS = "text_tokens"  # int32 [tokens]: token ids, in place of the states where encode.text is "tokens"
+TEXT_STATES = "text_states"  # float16 [tokens, width]: what the model reads of the caption; see core/text.py
+TEXT_TOKENS = "text_tokens"  # int32 [ids]: token ids of all tokenizers, in place of the states where encode.text is "tokens"
 TEXT_LENGTH = "text_length"  # int: how many of the tokens are real, the rest is padding
 EMBEDDING = "embedding"  # float32 [dim]: z, the prompt encoder's mean-pooled embedding
 

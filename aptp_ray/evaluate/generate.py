@@ -13,7 +13,7 @@ import torch
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config
-from aptp_ray.core.components import load_components, load_unet
+from aptp_ray.core.components import denoiser_dir, load_components, load_unet
 from aptp_ray.core.macs import count_macs
 from aptp_ray.core.randomness import key_seed
 from aptp_ray.core.sampler import Sampler
@@ -150,7 +150,7 @@ def draw_group(
     if device == "cpu":
         torch.set_num_threads(config.compute.threads_per_worker)
     teacher_dir = run.local("teacher")
-    folder = Path(teacher_dir, "unet") if expert is None else Path(run.local("experts", str(expert)))
+    folder = denoiser_dir(teacher_dir) if expert is None else Path(run.local("experts", str(expert)))
     unet = load_unet(folder, device=device)
     model = None
     if counted_at is not None:

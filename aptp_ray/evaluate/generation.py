@@ -23,7 +23,8 @@ import torch
 
 from aptp_ray.artifacts import RunDir, RunDirError, versions
 from aptp_ray.config import Config
-from aptp_ray.core.components import Components, load_components, load_unet
+from aptp_ray.core.components import Components, denoiser_dir, load_components, load_unet
+from aptp_ray.core.int8 import quantize_weights
 from aptp_ray.core.randomness import key_seed
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.encoding import fingerprint
@@ -185,7 +186,9 @@ class Artist:
 
 def open_unet(config: Config, home: RunDir, painter: Painter, device: str) -> torch.nn.Module:
     """Loads a painter's UNet from its run, in the precision that serves."""
-    return load_unet(_unet_folder(home, painter), dtype=_DTYPES[config.serve.precision], device=device)
+    unet = load_unet(_unet_folder(home, painter), dtype=_DTYPES[config.serve.precision], device=device)
+    # The teacher is what the experts are compared with: it stays whole.
+    return quantize_weights(unet) if config.serve.weights == "int8" and painter.expert is not None else unet
 
 
 def open_sampler(
@@ -229,6 +232,8 @@ def _check(config: Config, run: RunDir, shards: Sequence[Shard]) -> None:
             "seed": config.evaluation.seed,
             "diffusers": versions().get("diffusers"),
         }
+        if config.serve.weights != "whole" and painter.expert is not None:
+            made_by["weights"] = config.serve.weights
         if run.exists(*parts, _MADE_BY) and run.read_json(*parts, _MADE_BY) != made_by:
             raise RunDirError(
                 f"{run.address(*parts)} holds images that other weights or settings made: pass --overwrite to draw them again"
@@ -239,6 +244,4 @@ def _check(config: Config, run: RunDir, shards: Sequence[Shard]) -> None:
 def _unet_folder(home: RunDir, painter: Painter) -> Path:
     if painter.expert is not None:
         return Path(home.local("experts", str(painter.expert)))
-    # A remote teacher is fetched whole, as one folder; a transformer's pipeline names its model so.
-    teacher = Path(home.local("teacher"))
-    return teacher / "unet" if (teacher / "unet").is_dir() else teacher / "transformer"
+    return denoiser_dir(home.local("teacher"))  # a remote teacher is fetched whole, as one folder

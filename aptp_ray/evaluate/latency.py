@@ -14,6 +14,7 @@ import torch
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config
 from aptp_ray.core.image_request import ImageRequest
+from aptp_ray.core.int8 import count_weights
 from aptp_ray.core.macs import count_macs
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.encoding import Encoding
@@ -62,7 +63,7 @@ def measure_costs(config: Config, run: RunDir, painters: Sequence[Painter], pool
     ready = {one.ready.remote(): one for one in pool}
     artist = ready[ray.wait(list(ready))[0][0]]
     unets = {(painter.run_uri, painter.expert): painter for painter in painters}
-    found = ray.get(artist.call.remote(_measure, config, list(unets.values()), encoding.latent_shape[1:], encoding.text_shape[0]))
+    found = ray.get(artist.call.remote(_measure, config, list(unets.values()), encoding.latent_shape[1:], encoding.num_tokens))
     by_unet = dict(zip(unets, found, strict=True))
     return {painter: by_unet[painter.run_uri, painter.expert] for painter in painters}
 
@@ -81,7 +82,7 @@ def _measure_one(config: Config, painter: Painter, device: str, latent_size: tup
     times = step_times(sampler, config.evaluation.batch_sizes, guidance_scale=config.sampling.guidance_scale)
     return {
         "macs": count_macs(unet, latent_size=latent_size, num_tokens=num_tokens),
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "parameters": count_weights(unet),
         "step_ms": {str(size): 1000 * seconds for size, seconds in times.items()},
         "peak_memory_mb": peak_memory_mb(device),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",

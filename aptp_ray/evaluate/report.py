@@ -20,6 +20,7 @@ from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.data.schema import CAPTION, EXPERT, GROUP, KEY, METADATA
 from aptp_ray.evaluate import measures
+from aptp_ray.evaluate.evaluation import SCORES
 from aptp_ray.evaluate.generate import Drawn, Sample, draw_samples
 from aptp_ray.evaluate.grid import expert_color, grid_of
 from aptp_ray.evaluate.page import render_page
@@ -68,6 +69,8 @@ def build_report(config: Config, run: RunDir, prompts: Sequence[str] = ()) -> di
         "sites": site_figures(router, macs),
         **sample_figures(drawn.samples),
         "sampling": config.sampling.model_dump(mode="json") | {"resolution": config.data.resolution},
+        # Of the same run, if jobs/evaluate.py has been there.
+        "evaluation": run.read_json(*SCORES) if run.exists(*SCORES) else None,
         "stages": [
             {"name": name, "seconds": entry.get("seconds"), "finished_at": entry["finished_at"]}
             for name, entry in sorted(run.manifest()["stages"].items(), key=lambda item: item[1]["finished_at"])

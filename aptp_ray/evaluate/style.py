@@ -54,6 +54,14 @@ g.resnet { fill: var(--resnet); } g.attention { fill: var(--attention); } g.feed
 g.depth { fill: var(--depth); } g.fixed { fill: var(--fixed); }
 .dot.resnet { background: var(--resnet); } .dot.attention { background: var(--attention); }
 .dot.feed_forward { background: var(--feed); } .dot.depth { background: var(--depth); } .dot.fixed { background: var(--fixed); }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 32px 28px; margin-top: 36px; }
+.plots figure > svg { width: 100%; height: auto; display: block; }
+.plots line { stroke: var(--ink); stroke-width: 1.4; } .plots .grid { stroke: var(--line); stroke-width: 1; }
+.plots .full { fill: var(--ink); stroke: var(--ink); stroke-width: 1.6; }
+.plots .hollow { fill: var(--ground); stroke: var(--ink); stroke-width: 1.6; } .plots text { fill: var(--soft); font-size: 12px; }
+.plots text.x { text-anchor: middle; } .plots text.y { text-anchor: end; }
+.shapes span { display: inline-block; margin-right: 14px; white-space: nowrap; }
+.shapes svg { width: 13px; height: 13px; margin-right: 4px; vertical-align: -2px; }
 .axis { margin-top: -4px; }
 .axis > div { display: flex; }
 .axis > div span { color: var(--soft); font-size: 12px; border-top: 2px solid var(--line); margin: 0; padding-top: 4px; overflow: hidden;

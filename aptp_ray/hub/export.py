@@ -19,7 +19,7 @@ import torch
 from aptp_ray.artifacts import RunDir, RunDirError, resolve_source
 from aptp_ray.config import Config
 from aptp_ray.core.backbones import bare
-from aptp_ray.core.components import load_unet
+from aptp_ray.core.components import denoiser_part, load_unet
 from aptp_ray.hub.card import expert_card, mixture_card
 from aptp_ray.hub.places import MIXTURE_FILE, MIXTURE_FORMAT, Facts
 from aptp_ray.storage import replacing_folder
@@ -161,11 +161,6 @@ def pull(repo_id: str, target: str | Path, *, revision: str | None = None, **hub
     if not ((root / MIXTURE_FILE).is_file() or (root / "model_index.json").is_file()):
         raise RunDirError(f"{repo_id} on the hub is no export: it has neither {MIXTURE_FILE} nor model_index.json")
     return root
-
-
-def denoiser_part(index: dict[str, Any]) -> str:
-    """The part of a pipeline that is pruned, by its model_index.json."""
-    return "transformer" if "transformer" in index else "unet"
 
 
 def _check_experts(chosen: list[int], known: list[int]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from aptp_ray.credentials import masked
 from aptp_ray.plan.choose import Part, Plan
 from aptp_ray.sections import Serve
 
@@ -14,13 +15,20 @@ IMPORT_PATH = "aptp_ray.serve.app:build"
 
 
 def serve_config(
-    plan: Plan, run_dir: str, *, serve: Serve | None = None, host: str = "0.0.0.0", port: int = 8000
+    plan: Plan,
+    run_dir: str,
+    *,
+    storage_options: dict[str, Any] | None = None,
+    serve: Serve | None = None,
+    host: str = "0.0.0.0",
+    port: int = 8000,
 ) -> dict[str, Any]:
     """Returns Serve's config tree: the application, and for each expert its replicas, bounds and share of a device.
 
     Args:
         plan: what to deploy.
         run_dir: an address that every node can open.
+        storage_options: with which they do; secrets are written as references to the environment, see ``credentials.py``.
         serve: the run's section; of it, how fast replicas come and go.
         host: on which the proxies listen; inside a cluster whose network is closed, all interfaces.
         port: likewise.
@@ -39,6 +47,9 @@ def serve_config(
         "ingress_replicas": math.ceil(rate / fleet.replica.requests_per_ingress),
     }
     Serve.model_validate(section)
+    args: dict[str, Any] = {"run_dir": run_dir}
+    if storage_options:
+        args["storage_options"] = masked(storage_options, "storage_options")
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
@@ -47,7 +58,7 @@ def serve_config(
                 "name": "aptp",
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": {"run_dir": run_dir, "serve": section},
+                "args": args | {"serve": section},
                 "deployments": [_deployment(plan, part, serve or Serve()) for part in plan.parts],
             }
         ],

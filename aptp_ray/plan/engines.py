@@ -111,44 +111,89 @@ class Alone:
 class Shared:
     """Engines on one device, which splits itself evenly among those at work: each has full speed while there are lanes for all.
 
-    The processes of one GPU take turns on it; on a CPU, threads share the cores.
+    The processes of one GPU take turns on it. On a CPU, lanes are cores: as many engines step at a time as there are cores (see
+    ``serve/turns.py``), and what a request costs outside of its steps (an errand: HTTP, routing, texts, decoding) runs beside
+    them on the same cores.
     """
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, crowding: float = 1.0, errand_s: float = 0.0, turns: bool = False) -> None:
+        """Args:
+        lanes: engines that run at full speed side by side.
+        crowding: time of a step while all lanes are at work over that of one alone.
+        errand_s: core seconds of a request outside of its steps.
+        turns: engines take turns of a step each, so that one with longer steps gets more of the device; else of equal times.
+        """
         self.lanes = lanes
         self.at = 0.0
         self.working: list[Tenant] = []
         self.busy_s = 0.0
+        self._errand_s, self._turns = errand_s, turns
+        self._errands: deque[float] = deque()  # what is left of each; all go at one speed, so the first ends first
+        # By lanes at work, straight from 1 to the crowding of all of them.
+        self._slower = [1 + (crowding - 1) * max(0, busy - 1) / max(1, lanes - 1) for busy in range(lanes + 1)]
+
+    def errand(self) -> None:
+        """A request has come: its errand begins."""
+        if self._errand_s:
+            self._errands.append(self._errand_s)
+
+    def _speeds(self) -> tuple[list[float], float]:
+        """Returns how fast each engine goes, and errands."""
+        engines = len(self.working)
+        stepping = min(self.lanes, engines)
+        threads = stepping + len(self._errands)
+        pace = min(1.0, self.lanes / threads) / self._slower[min(self.lanes, threads)]
+        if engines > self.lanes and self._turns:
+            return [pace * part for part in _rounds([tenant.step for tenant in self.working], self.lanes)], pace
+        return [pace * stepping / max(1, engines)] * engines, pace
 
     def advance(self, now: float) -> None:
-        working = self.working
-        while working:
-            speed = min(1.0, self.lanes / len(working))
-            first = min(working, key=_left)
-            seconds = first.left / speed
+        working, errands = self.working, self._errands
+        while working or errands:
+            speeds, errand_speed = self._speeds()
+            first, seconds = -1, errands[0] / errand_speed if errands else math.inf
+            for index, tenant in enumerate(working):
+                if tenant.left / speeds[index] <= seconds:
+                    first, seconds = index, tenant.left / speeds[index]
             if self.at + seconds > now:
                 seconds = now - self.at
                 if seconds > 0:
-                    self.busy_s += seconds
-                    for tenant in working:
-                        tenant.left -= seconds * speed
+                    self._pass(seconds, speeds, errand_speed)
                 break
-            for tenant in working:
-                if tenant is not first:
-                    tenant.left = max(0.0, tenant.left - first.left)
+            self._pass(seconds, speeds, errand_speed)
             self.at += seconds
-            self.busy_s += seconds
-            if not first.change(self.at):
-                working.remove(first)
+            if first < 0:
+                errands.popleft()
+            else:
+                working[first].left = 0.0  # whatever rounding says
+                if not working[first].change(self.at):
+                    del working[first]
         if now < math.inf:
             self.at = max(self.at, now)
+
+    def _pass(self, seconds: float, speeds: list[float], errand_speed: float) -> None:
+        """Takes off what is done in some time."""
+        self.busy_s += seconds
+        for tenant, speed in zip(self.working, speeds, strict=True):
+            tenant.left = max(0.0, tenant.left - seconds * speed)
+        for index, left in enumerate(self._errands):
+            self._errands[index] = max(0.0, left - seconds * errand_speed)
+
+
+def _rounds(steps: list[float], lanes: int) -> list[float]:
+    """Returns which part of a lane each engine has: in a round each takes one step, and none is on two lanes at a time."""
+    parts, left, total = [0.0] * len(steps), float(lanes), sum(steps)
+    for index in sorted(range(len(steps)), key=lambda index: -steps[index]):
+        parts[index] = min(1.0, left * steps[index] / total)
+        left, total = left - parts[index], total - steps[index]
+    return parts
 
 
 class Tenant:
     """An engine on a shared device; its work is counted in seconds at full speed."""
 
-    __slots__ = ("_batch", "_device", "_done", "_ledger", "_line", "_step", "_times", "_until", "batch_steps", "image_steps",
-                 "left", "load")  # fmt: skip
+    __slots__ = ("_batch", "_device", "_done", "_ledger", "_line", "_times", "_until", "batch_steps", "image_steps", "left",
+                 "load", "step")  # fmt: skip
 
     def __init__(self, times: Times, ledger: Ledger, device: Shared) -> None:
         self._times, self._ledger, self._device = times, ledger, device
@@ -156,7 +201,7 @@ class Tenant:
         self._line: deque[int] = deque()
         self._done = 0
         self._until = 0  # step count of its next change
-        self._step = 0.0
+        self.step = 0.0
         self.left = 0.0  # work up to there
         self.load, self.image_steps, self.batch_steps = 0, 0, 0
 
@@ -188,22 +233,19 @@ class Tenant:
             ledger.admitted[request] = at
             heappush(batch, (self._done + ledger.steps[request], request))
         if batch:
-            self._step = self._times[len(batch) - 1]
+            self.step = self._times[len(batch) - 1]
             self._until = batch[0][0]
-            self.left = (self._until - self._done) * self._step
+            self.left = (self._until - self._done) * self.step
 
     def arrive(self, request: int, now: float) -> None:
         self.load += 1
         self._line.append(request)
+        self._device.errand()
         if not self._batch:
             self._fill(now)
             self._device.working.append(self)
         elif len(self._batch) < len(self._times) and len(self._line) == 1:
             # Joins when the step under way ends (at once, if it has only begun): no later change counts.
-            steps = math.floor(self.left / self._step + 1e-9)
+            steps = math.floor(self.left / self.step + 1e-9)
             self._until -= steps
-            self.left = max(0.0, self.left - steps * self._step)
-
-
-def _left(tenant: Tenant) -> float:
-    return tenant.left
+            self.left = max(0.0, self.left - steps * self.step)

@@ -46,7 +46,7 @@ class Replica(Section):
     memory_gb: float | None = Field(None, gt=0.0, description="of the device, for one replica; null: from the files of the run")
     reserve_gb: float = Field(3.0, ge=0.0, description="added to the files' size: the device's context, activations, VAE decodes")
     overhead_ms: float = Field(60.0, ge=0.0, description="of a request outside of its steps: HTTP, routing, text, decoding")
-    side_ms: float = Field(0.0, ge=0.0, description="of an image's work outside of its steps that takes the device from steps")
+    side_ms: float = Field(0.0, ge=0.0, description="of that, what takes the device from other images' steps; on a CPU, cores")
     requests_per_router: float = Field(100.0, gt=0.0, description="a second, of one router replica (jobs/benchmark.py serve)")
     requests_per_ingress: float = Field(50.0, gt=0.0, description="a second, of one ingress replica")
 
@@ -60,6 +60,7 @@ class Device(Section):
     memory_gb: float = Field(gt=0.0)
     cpus: float = Field(gt=0.0, description="logical CPUs that come with one")
     lanes: Positive = Field(1, description="replicas that it runs at full speed side by side: 1 for a GPU, its cores for a CPU")
+    crowding: float = Field(1.0, ge=1.0, description="time of a step while all lanes are at work over that of one alone")
     price_per_hour: float = Field(gt=0.0)
     available: Positive = Field(1, description="how many can be had")
     # -- how fast: measured, or estimated

@@ -11,6 +11,8 @@ import numpy as np
 
 from aptp_ray.plan.choose import Plan, placement
 from aptp_ray.plan.engines import Alone, Engine, Ledger, Shared, Tenant, Times
+from aptp_ray.plan.fleet import Device, Fleet
+from aptp_ray.plan.times import StepTimes
 
 Policy = Literal["two_choices", "random", "round_robin"]
 
@@ -22,10 +24,16 @@ class Host:
     Attributes:
         tenants: number of the model of each replica on it.
         lanes: replicas that run at full speed side by side.
+        crowding: time of a step while all lanes are at work over that of one alone.
+        errand_s: core seconds of a request outside of its steps, where they run on the same cores; see ``engines.Shared``.
+        turns: whether replicas take turns of a step each, as on a CPU; else they get equal times.
     """
 
     tenants: tuple[int, ...]
     lanes: int = 1
+    crowding: float = 1.0
+    errand_s: float = 0.0
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,12 +168,12 @@ def _build(hosts: Sequence[Host], times: Sequence[Times], ledger: Ledger) -> tup
     pools: list[list[Engine]] = [[] for _ in times]
     devices: list[Alone | Shared] = []
     for host in hosts:
-        if len(host.tenants) == 1:
+        if len(host.tenants) == 1 and not host.errand_s:
             alone = Alone(times[host.tenants[0]], ledger)
             devices.append(alone)
             pools[host.tenants[0]].append(alone)
             continue
-        shared = Shared(host.lanes)
+        shared = Shared(host.lanes, host.crowding, host.errand_s, host.turns)
         devices.append(shared)
         for model in host.tenants:
             pools[model].append(Tenant(times[model], ledger, shared))
@@ -205,8 +213,19 @@ def _dispatch(
 
 def fleet_of(plan: Plan) -> tuple[list[Host], list[Times]]:
     """Returns the hosts and step times of a plan at its target load."""
-    hosts = [Host(tuple(tenants), device.lanes) for device, tenants in placement(plan)]
-    return hosts, [part.option.times.seconds for part in plan.parts]
+    hosts = [host_of(device, tenants, plan.fleet) for device, tenants in placement(plan)]
+    return hosts, [simulated_times(part.option.times, part.option.device) for part in plan.parts]
+
+
+def host_of(device: Device, tenants: Sequence[int], fleet: Fleet) -> Host:
+    """Returns a device as the simulator takes it."""
+    errand_s = 0.0 if device.gpu else fleet.replica.side_ms / 1000
+    return Host(tuple(tenants), device.lanes, device.crowding, errand_s, turns=not device.gpu)
+
+
+def simulated_times(times: StepTimes, device: Device) -> Times:
+    """Returns step times as the simulator takes them: on a CPU, what is done beside the steps is an errand of its own."""
+    return times.seconds if device.gpu else times.steps_alone
 
 
 def check(plan: Plan, *, requests: int = 20_000, seed: int = 0, rate: float | None = None) -> Outcome:

@@ -36,8 +36,8 @@ def _memory_gb(run: RunDir, config: Config, fleet: Fleet, expert: int) -> float:
             f"{run.address('experts', str(expert))} holds no weights to take the memory of a replica from: "
             "run jobs/finetune.py first, or give replica.memory_gb in the fleet file"
         )
-    # Each replica holds the VAE and the text encoder, too.
-    weights += _weights(run, "teacher", "vae") + _weights(run, "teacher", "text_encoder")
+    # Each replica holds the VAE and the text encoders, too.
+    weights += sum(_weights(run, "teacher", part) for part in ("vae", "text_encoder", "text_encoder_2"))
     return weights * _BYTES[config.serve.precision] / _STORED / 1e9 + fleet.replica.reserve_gb
 
 

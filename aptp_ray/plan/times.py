@@ -20,10 +20,12 @@ class StepTimes:
     Attributes:
         seconds: [limit] of a step with 1, 2, ... images.
         measured: whether on this very model, or estimated.
+        beside_s: of it, for each image, what is not the step's own work.
     """
 
     seconds: tuple[float, ...]
     measured: bool = True
+    beside_s: float = 0.0
 
     @property
     def limit(self) -> int:
@@ -42,7 +44,13 @@ class StepTimes:
     def plus(self, seconds_per_image: float) -> StepTimes:
         """Returns the times with something added for each image in the step."""
         extra = [seconds_per_image * images for images in range(1, self.limit + 1)]
-        return StepTimes(tuple(a + b for a, b in zip(self.seconds, extra, strict=True)), self.measured)
+        seconds = tuple(a + b for a, b in zip(self.seconds, extra, strict=True))
+        return StepTimes(seconds, self.measured, self.beside_s + seconds_per_image)
+
+    @property
+    def steps_alone(self) -> tuple[float, ...]:
+        """Seconds of a step with 1, 2, ... images, without what :meth:`plus` has added."""
+        return tuple(value - self.beside_s * images for images, value in enumerate(self.seconds, 1))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from aptp_ray.artifacts import RunDir, load_run
 from aptp_ray.config import Config
 from aptp_ray.core.batch_profile import BatchProfile, cached_profile
-from aptp_ray.core.components import Components, load_components, load_unet
+from aptp_ray.core.components import Components, denoiser_dir, load_components, load_unet
+from aptp_ray.core.int8 import quantize_weights, weight_bytes
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.drawing import DrawingLoop
 from aptp_ray.serve.protocol import TEACHER, DrawJob, Outcome, Partial
@@ -29,7 +30,8 @@ class Expert:
     """The deployment ``expert-<k>`` or ``teacher``; needs only the run directory.
 
     Weights are mapped from their files, so on a CPU in fp32 the replicas of a node share one copy of them in its page cache,
-    the VAE and the text encoder of all experts included; in another precision, and on a GPU, each replica holds its own.
+    the VAE and the text encoder of all experts included; in another precision, with ``serve.weights: int8``, and on a GPU, each
+    replica holds its own.
     """
 
     def __init__(
@@ -77,13 +79,15 @@ class Expert:
             folder,
             unet,
             latent_shape=sampler.sizes.latent_shape,
-            num_tokens=int(components.tokenizer.model_max_length),
+            num_tokens=components.text().shape[0],
             limit=limit,
         )
 
     def _say_hello(self, unet: Any, components: Components, sampler: Sampler, profile: BatchProfile, seconds: float) -> None:
         weight = next(unet.parameters())
         parts = {"UNet": unet, "VAE": components.vae, "text encoder": components.text_encoder}
+        if components.text_encoder_2 is not None:
+            parts["second text encoder"] = components.text_encoder_2
         sizes = ", ".join(f"{name} {_megabytes(part):.0f} MB" for name, part in parts.items())
         steps = ", ".join(f"{size}: {ms:.1f}" for size, ms in zip(profile.sizes, profile.guided_ms, strict=True))
         logger.info(
@@ -124,9 +128,12 @@ class Expert:
 def _load(run: RunDir, config: Config, expert: int | str) -> tuple[Any, Components]:
     serve = config.serve
     device, dtype = "cuda" if serve.gpus_per_expert > 0 else "cpu", _DTYPES[serve.precision]
-    parts = (TEACHER, "unet") if expert == TEACHER else ("experts", str(expert))
-    components = load_components(run.local("teacher"), dtype=dtype, device=device)
-    unet = load_unet(run.local(*parts), dtype=dtype, device=device)
+    teacher = run.local("teacher")
+    folder = denoiser_dir(teacher) if expert == TEACHER else Path(run.local("experts", str(expert)))
+    components = load_components(teacher, dtype=dtype, device=device)
+    unet = load_unet(folder, dtype=dtype, device=device)
+    if serve.weights == "int8":
+        unet = quantize_weights(unet)
     if device == "cuda":
         # Tensor cores read convolutions this way; on a CPU it gained nothing (measured), and copies would not be shared.
         unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -135,7 +142,7 @@ def _load(run: RunDir, config: Config, expert: int | str) -> tuple[Any, Componen
 
 
 def _megabytes(module: torch.nn.Module) -> float:
-    return sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
+    return weight_bytes(module) / 2**20
 
 
 def memory_mb(device: torch.device) -> tuple[float, float]:

@@ -59,7 +59,7 @@ class Draws:
         }
 
 
-# Makes text states of token ids: int64 [n, tokens] and the number of real ones [n] -> float32 [n, tokens, width].
+# Makes text states of token ids: int64 [n, ids of a text] and the number of real ones [n] -> float32 [n, tokens, width].
 TextStates = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -91,7 +91,7 @@ def decode_encoded(rows: Rows, encoding: Encoding, text_states: TextStates | Non
     elif text_states is None:
         raise ValueError("the rows hold token ids (encode.text=tokens): decoding them takes the text encoder")
     else:
-        tokens = _unpacked(rows[schema.TEXT_TOKENS], encoding.text_shape[:1], "<i4").astype(np.int64)
+        tokens = _unpacked(rows[schema.TEXT_TOKENS], (encoding.ids_per_text,), "<i4").astype(np.int64)
         lengths = np.asarray(rows[schema.TEXT_LENGTH], dtype=np.int64)
         decoded["text_states"] = text_states(torch.from_numpy(tokens), torch.from_numpy(lengths))
     if schema.EMBEDDING in rows:

@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 import ray.train
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from aptp_ray.config import Loop, RatedLoop
+from aptp_ray.core.components import load_backbone
 from aptp_ray.core.finetune_objective import FinetuneObjective
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.macs import count_macs
@@ -25,7 +25,15 @@ from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.loop import Parts, held_out, make_feed
-from aptp_ray.train.worker import Worker, exact_products, fast_attention, noise_schedule, text_states_of, tuned
+from aptp_ray.train.worker import (
+    Worker,
+    exact_products,
+    fast_attention,
+    load_teacher_model,
+    noise_schedule,
+    text_states_of,
+    tuned,
+)
 
 SHARED = ("train", "finetune-shared", "unet")
 
@@ -44,7 +52,7 @@ def shared_worker(settings: dict[str, Any]) -> None:
     assert loop is not None
     router = PromptRouter.from_pretrained(worker.run.local("router")).requires_grad_(False)
     teacher = load_teacher(worker, loop)
-    student = GatedUNet(tuned(fast_attention(deepcopy(teacher), worker.place.device), loop))
+    student = GatedUNet(tuned(fast_attention(deepcopy(teacher), worker.place.device), loop), router.space)
     codes = router.hard_codes.clone()
 
     def routed(rows: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def shared_worker(settings: dict[str, Any]) -> None:
 
     def artists() -> Iterator[tuple[Any, list[int]]]:
         for expert in experts.unique().tolist():
-            yield prune_unet(student.unet, codes[expert]), (experts == expert).nonzero().flatten().tolist()
+            yield prune_unet(student.unet, codes[expert], router.space), (experts == expert).nonzero().flatten().tolist()
 
     parts = finetune_parts(worker, student, teacher, loop, settings, "shared", routed, save)
     prompts, embeddings = held_out_prompts(settings)
@@ -75,14 +83,14 @@ def expert_worker(settings: dict[str, Any]) -> None:
     code = router.hard_codes[expert]
     teacher = load_teacher(worker, loop)
     shared = worker.run.exists(*SHARED)
-    whole = UNet2DConditionModel.from_pretrained(worker.run.local(*SHARED)) if shared else deepcopy(teacher)
+    whole = load_backbone(worker.run.local(*SHARED)) if shared else deepcopy(teacher)
     fast_attention(whole, worker.place.device)
-    student = tuned(prune_unet(whole, code), loop)
+    student = tuned(prune_unet(whole, code, router.space), loop)
     encoding = Encoding.from_json(settings["encoding"])
     routing = worker.run.read_json("routing.json")
 
     def save(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
-        counted = count_macs(student, latent_size=encoding.latent_shape[1:], num_tokens=encoding.text_shape[0])
+        counted = count_macs(student, latent_size=encoding.latent_shape[1:], num_tokens=encoding.num_tokens)
         promised = routing["experts"][expert]["macs"]
         if counted != promised:
             raise RuntimeError(f"expert {expert} has {counted} MACs, its code promised {promised}: the router was replaced")
@@ -113,7 +121,8 @@ def expert_worker(settings: dict[str, Any]) -> None:
         feed = make_feed(rows, loop, worker.place, parts)
         inputs = next(held_out(parts, feed, 1, 0, worker.place))
         objective = cast(FinetuneObjective, parts.module).to(worker.place.device)
-        losses = inherited_losses(objective, whole.to(worker.place.device), code, inputs, worker.name)
+        masked = GatedUNet(whole.to(worker.place.device), router.space)
+        losses = inherited_losses(objective, masked, code, inputs, worker.name)
         if worker.place.rank == 0:
             worker.run.write_json(losses, *kept)
             shown = "; ".join(f"{loss} {value:.6g} = {losses['masked'][loss]:.6g}" for loss, value in losses["expert"].items())
@@ -129,13 +138,13 @@ def held_out_prompts(settings: dict[str, Any]) -> tuple[list[str], Tensor]:
 
 
 def inherited_losses(
-    objective: FinetuneObjective, whole: UNet2DConditionModel, code: Tensor, inputs: dict[str, Any], name: str
+    objective: FinetuneObjective, masked: GatedUNet, code: Tensor, inputs: dict[str, Any], name: str
 ) -> dict[str, dict[str, float]]:
     """Proves that an expert starts from the weights that it was cut out of: before its first step, it is the masked model.
 
     Args:
         objective: the expert's.
-        whole: what it was cut out of; gets gates.
+        masked: what it was cut out of.
         code: bool [dim], its masks.
         inputs: of the objective.
         name: of the run.
@@ -147,7 +156,7 @@ def inherited_losses(
         RuntimeError: if they differ by more than rounding.
     """
     reference = FinetuneObjective(
-        GatedUNet(whole),
+        masked,
         objective.teacher,
         alphas_cumprod=objective.alphas_cumprod,
         prediction_type=objective.prediction_type,
@@ -170,9 +179,9 @@ def inherited_losses(
     return losses
 
 
-def load_teacher(worker: Worker, loop: Loop) -> UNet2DConditionModel:
-    """Returns the teacher's UNet, in evaluation mode."""
-    unet = UNet2DConditionModel.from_pretrained(worker.run.local("teacher"), subfolder="unet")
+def load_teacher(worker: Worker, loop: Loop) -> Any:
+    """Returns the teacher's model, in evaluation mode."""
+    unet = load_teacher_model(worker.run.local("teacher"))
     if loop.channels_last:
         unet.to(memory_format=torch.channels_last)
     return fast_attention(unet, worker.place.device).eval()
@@ -181,7 +190,7 @@ def load_teacher(worker: Worker, loop: Loop) -> UNet2DConditionModel:
 def finetune_parts(
     worker: Worker,
     student: nn.Module,
-    teacher: UNet2DConditionModel,
+    teacher: Any,
     loop: RatedLoop,
     settings: dict[str, Any],
     purpose: str,
@@ -210,7 +219,7 @@ def finetune_parts(
         gamma=spec.min_snr_gamma,
     )
     if loop.compile:
-        compile_unet(student.unet if isinstance(student, GatedUNet) else cast(UNet2DConditionModel, student))
+        compile_unet(student.unet if isinstance(student, GatedUNet) else student)
     return Parts(
         module=objective,
         groups=[{"params": list(student.parameters()), **loop.optimizer.rates()}],
@@ -220,7 +229,7 @@ def finetune_parts(
         weights=spec.weights.model_dump(),
         # The teacher's forward, and the student's with a backward pass to inputs and weights.
         macs_per_sample=sum(
-            passes * count_macs(unet, encoding.latent_shape[1:], encoding.text_shape[0])
+            passes * count_macs(unet, encoding.latent_shape[1:], encoding.num_tokens)
             for passes, unet in ((1, teacher), (3, student.unet if isinstance(student, GatedUNet) else student))
         ),
     )

@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, ConfigError, Loop
+from aptp_ray.growth import kinds_to_come
 from aptp_ray.train.feed import RowReader
 
 # glibc gives freed activations back to the kernel and faults them in again each step; keeping them is worth about a tenth of
@@ -117,7 +118,7 @@ def _check_gpus(name: str, needed: float) -> None:
     Raises:
         ConfigError: if it has too few; on one that can grow, Ray Train waits for them.
     """
-    if not needed or not ray.is_initialized() or _can_grow():
+    if not needed or not ray.is_initialized() or kinds_to_come() != []:
         return
     present = ray.cluster_resources().get("GPU", 0)
     if present < needed:
@@ -125,13 +126,6 @@ def _check_gpus(name: str, needed: float) -> None:
             f"{name} needs {needed:g} GPUs (compute.gpus_per_worker and workers) and the cluster has {present:g}: set "
             "compute.gpus_per_worker=0 to train on CPUs, or run on a cluster with GPUs"
         )
-
-
-def _can_grow() -> bool:
-    """Tells whether an autoscaler may add nodes to the cluster: it then has told Ray which kinds."""
-    from ray._private.state import state  # there is no public way to ask
-
-    return state.get_max_resources_from_cluster_config() is not None
 
 
 def run_named(settings: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from aptp_ray.config import Config
+from aptp_ray.core.backbones import as_unet
 from aptp_ray.core.components import Components, load_components
 from aptp_ray.core.randomness import key_seed
 from aptp_ray.core.running import eager
@@ -59,7 +60,7 @@ class SampleGrid:
         sampling, training = self._config.sampling, unet.training
         with eager(unet.eval()):
             sampler = Sampler.from_components(
-                unet,
+                as_unet(unet),
                 components,
                 scheduler=sampling.scheduler,
                 max_batch_size=max(1, len(numbers)),

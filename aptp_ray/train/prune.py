@@ -16,6 +16,7 @@ from aptp_ray.artifacts import RunDir, resolve_source
 from aptp_ray.config import Config, ConfigError
 from aptp_ray.core.budget import HardCodes
 from aptp_ray.core.collapse import largest_of_pairs, overlaps
+from aptp_ray.core.components import denoiser_config
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.hardening import harden_codes, start_logits
 from aptp_ray.core.importance import ImportanceBatch, measure_importance
@@ -34,7 +35,7 @@ from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
 from aptp_ray.train.watch import CodeWatch
-from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of, tuned
+from aptp_ray.train.worker import Worker, fast_attention, load_teacher_model, noise_schedule, text_states_of, tuned
 
 # Prompts of each split that the job hands in: on the training split's, codes part and the transport's duals are fitted; the
 # validation split's weigh the hardened codes.
@@ -57,11 +58,11 @@ def prune_worker(settings: dict[str, Any]) -> None:
     teacher_dir = worker.run.local("teacher")
 
     # -- teacher, its prunable sites and their MACs -----------------------------------------------------------------------------
-    unet = UNet2DConditionModel.from_pretrained(teacher_dir, subfolder="unet")
-    macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.text_shape[0])
-    gated = GatedUNet(
-        tuned(fast_attention(unet, worker.place.device).to(worker.place.device), loop), gate_placement=spec.gate_placement
-    )
+    unet = load_teacher_model(teacher_dir)
+    space = ArchitectureSpace.of(unet, depth=config.router.depth)
+    macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.num_tokens, space=space)
+    unet = tuned(fast_attention(unet, worker.place.device).to(worker.place.device), loop)
+    gated = GatedUNet(unet, space, gate_placement=spec.gate_placement)
     schedule = noise_schedule(teacher_dir)
     draws = Draws(loop.seed, "prune", loop.global_batch_size, encoding, len(schedule.alphas_cumprod))
 
@@ -162,20 +163,21 @@ def check_budget(config: Config) -> None:
     teacher = config.teacher
     if teacher.unet is not None and teacher.unet.model is not None:
         shape = teacher.unet.model
+        kind: Any = UNet2DConditionModel
     else:
         source = resolve_source(teacher.source or "", config.storage_options)
         try:
-            shape = UNet2DConditionModel.load_config(source, subfolder="unet", revision=teacher.revision)
+            kind, shape = denoiser_config(source, revision=teacher.revision)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"teacher.source={teacher.source!r} holds no unet/config.json ({str(error).splitlines()[0]}): name a "
+                f"teacher.source={teacher.source!r} holds no unet that can be pruned ({str(error).splitlines()[0]}): name a "
                 "diffusers pipeline directory, a hub id that exists, or an fsspec URI"
             ) from error
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(shape)
+        unet = kind.from_config(shape)
     side = unet.config["sample_size"]
-    macs = MacsModel.measure(unet, latent_size=(side, side), num_tokens=teacher.max_tokens)
-    space = ArchitectureSpace.of(unet)
+    space = ArchitectureSpace.of(unet, depth=config.router.depth)
+    macs = MacsModel.measure(unet, latent_size=(side, side), num_tokens=teacher.max_tokens, space=space)
     smallest = binarize(torch.zeros(1, space.dim), space, config.router.alignment)
     floor = float(macs.ratio(smallest.double())[0])
     if config.prune.budget < floor:

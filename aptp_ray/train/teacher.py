@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from aptp_ray.artifacts import RunDir, resolve_source
 from aptp_ray.config import Config, ConfigError
+from aptp_ray.core.backbones import stock_class
+from aptp_ray.core.components import denoiser_part, text_parts
 from aptp_ray.core.finetune_objective import FinetuneObjective
 from aptp_ray.core.pretraining import VaeObjective, solve_encoder
 from aptp_ray.core.randomness import key_seed, keyed_generator
@@ -22,7 +25,7 @@ from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import RowReader, Rows, first_rows
 from aptp_ray.train.loop import Parts
-from aptp_ray.train.worker import Worker, fast_attention, noise_schedule, text_states_of, tuned
+from aptp_ray.train.worker import Worker, fast_attention, load_teacher_model, noise_schedule, text_states_of, tuned
 
 # -- the VAE -----------------------------------------------------------------------------------------------------------------
 
@@ -154,17 +157,44 @@ def import_teacher(config: Config, run: RunDir) -> dict[str, Any]:
                 scheduler=DDIMScheduler.from_pretrained(source, subfolder="scheduler", revision=teacher.revision),
             )
         else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                source, revision=teacher.revision, variant=teacher.variant, torch_dtype=torch.float32, safety_checker=None
-            )
-    except (OSError, ValueError) as error:
+            pipeline = load_pipeline(source, revision=teacher.revision, variant=teacher.variant)
+        denoiser = getattr(pipeline, denoiser_part(pipeline.config))
+        stock_class(denoiser)
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"teacher.source={teacher.source!r} cannot be loaded as a diffusers pipeline ({str(error).splitlines()[0]}): name "
             "a directory, a hub id that exists (with its revision), or an fsspec URI"
         ) from error
     with run.writing("teacher") as folder:
         pipeline.save_pretrained(folder)
-    return {"parameters": sum(p.numel() for p in pipeline.unet.parameters())}
+    return {"parameters": sum(p.numel() for p in denoiser.parameters())}
+
+
+def load_pipeline(source: str, *, revision: str | None = None, variant: str | None = None, **parts: Any) -> Any:
+    """Loads a whole pipeline in float32, without the checker that hides images.
+
+    Args:
+        source: folder or hub id.
+        revision: of the hub's repository.
+        variant: of its files.
+        parts: in place of the source's own.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it has other text encoders than can be used.
+    """
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    text_parts(index)
+    if "safety_checker" in index:
+        parts = {"safety_checker": None, **parts}
+    pipeline = DiffusionPipeline.from_pretrained(
+        source, revision=revision, variant=variant, torch_dtype=torch.float32, **parts
+    )
+    # PixArt's tokenizer reads more than its transformer was trained on: the pipeline's call says how much that was.
+    limit = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    if limit is not None:
+        pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, int(limit.default))
+    return pipeline
 
 
 # -- the UNet ------------------------------------------------------------------------------------------------------------------
@@ -177,7 +207,7 @@ def unet_worker(settings: dict[str, Any]) -> None:
     assert spec is not None
     loop, folder = spec.loop, settings["pipeline_dir"]
     encoding = Encoding.from_json(settings["encoding"])
-    unet = tuned(fast_attention(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), worker.place.device), loop)
+    unet = tuned(fast_attention(load_teacher_model(folder), worker.place.device), loop)
     schedule = noise_schedule(folder)
     text_states = text_states_of(encoding, folder, worker.place.device)
     draws = Draws(
@@ -191,7 +221,7 @@ def unet_worker(settings: dict[str, Any]) -> None:
     )
 
     def save(module: nn.Module, figures: dict[str, Any]) -> dict[str, Any]:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, unet=unet, safety_checker=None)
+        pipeline = load_pipeline(folder, **{denoiser_part(DiffusionPipeline.load_config(folder)): unet})
         with worker.run.writing("teacher") as target:
             pipeline.save_pretrained(target)
         return {"parameters": sum(p.numel() for p in unet.parameters())}

@@ -10,13 +10,14 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, Loop
-from aptp_ray.core.components import TextEncoder, load_components
+from aptp_ray.core.backbones import Backbone
+from aptp_ray.core.components import denoiser_dir, load_backbone, load_text
 from aptp_ray.encoding import Encoding
 from aptp_ray.tracking import Tracker, known_peak_tflops
 from aptp_ray.train.draws import TextStates
@@ -131,7 +132,12 @@ def tuned(unet: Any, loop: Loop) -> Any:
     return unet
 
 
-def fast_attention(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+def load_teacher_model(pipeline_dir: str) -> Any:
+    """Loads the model of a pipeline that denoises, in float32."""
+    return load_backbone(denoiser_dir(pipeline_dir))
+
+
+def fast_attention(unet: Backbone, device: torch.device) -> Any:
     """On a CPU, replaces fused attention by plain matrix products: its CPU backward pass is the slower one by half."""
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())
@@ -159,13 +165,12 @@ def noise_schedule(pipeline_dir: str) -> NoiseSchedule:
 
 
 def empty_text_states(pipeline_dir: str) -> list[list[float]]:
-    """Returns the text encoder's states of the empty caption, [tokens][width]."""
-    parts = load_components(pipeline_dir)
-    return TextEncoder(parts.tokenizer, parts.text_encoder)([""])[0].float().tolist()
+    """Returns the states of the empty caption, [tokens][width], which an image without guidance is drawn from."""
+    return load_text(pipeline_dir)([""])[0].float().tolist()
 
 
 def text_states_of(encoding: Encoding, pipeline_dir: str, device: torch.device) -> TextStates | None:
-    """Loads the frozen text encoder where rows hold token ids (``encode.text=tokens``); None where they hold its states.
+    """Loads the frozen text encoders where rows hold token ids (``encode.text=tokens``); None where they hold its states.
 
     Returns:
         what makes states of token ids on ``device``: the values that encoding with ``encode.text=states`` would have stored,
@@ -177,17 +182,13 @@ def text_states_of(encoding: Encoding, pipeline_dir: str, device: torch.device) 
     if encoding.text == "states":
         return None
     dtype = _DTYPES[encoding.precision]
-    parts = load_components(pipeline_dir, dtype=dtype, device=device)
-    if parts.tokenizer.padding_side != "right":
-        raise ValueError(f"{pipeline_dir}: the tokenizer pads on the {parts.tokenizer.padding_side}: use encode.text=states")
-    model = parts.text_encoder
-    masked = getattr(model.config, "use_attention_mask", False)  # as StableDiffusionPipeline.encode_prompt
+    text = load_text(pipeline_dir, dtype=dtype, device=device)
+    if not text.pads_on_the_right:
+        raise ValueError(f"{pipeline_dir}: the tokenizer does not pad on the right: use encode.text=states")
 
-    @torch.no_grad()  # and no inference_mode: the UNet's backward pass keeps what it attends to
     def make(tokens: Tensor, lengths: Tensor) -> Tensor:
-        tokens, lengths = tokens.to(device), lengths.to(device)
-        mask = (torch.arange(tokens.shape[1], device=device) < lengths[:, None]).long() if masked else None
+        mask = (torch.arange(encoding.num_tokens) < lengths[:, None]).long()
         # Through half floats, as states are stored.
-        return model(tokens, attention_mask=mask)[0].half().float()  # [n, tokens, width]
+        return text.states(tokens, mask).half().float()  # [n, tokens, width]
 
     return make

@@ -28,14 +28,19 @@ def _macs(call: object) -> float:
     return counter.get_total_flops() / 2
 
 
+def sd21_unet() -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion 2.1's shape (866 million parameters) with random weights, on torch's default device."""
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 8,
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        use_linear_projection=True,
+    )
+
+
 def _unet() -> float:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=RESOLUTION // 8,
-            cross_attention_dim=1024,
-            attention_head_dim=(5, 10, 20, 20),
-            use_linear_projection=True,
-        )
+        unet = sd21_unet()
         sample, states = torch.empty(1, 4, RESOLUTION // 8, RESOLUTION // 8), torch.empty(1, TOKENS, 1024)
         return _macs(lambda: unet(sample, torch.zeros(1), encoder_hidden_states=states))
 

@@ -1,14 +1,13 @@
 """The training plane, measured: steps against their floors, encoders inside the step, two workers, checkpoints.
 
-Every figure compares the stage's own worker, started by Ray Train as the pipeline starts it, with something leaner: the bare
-passes of its UNets in the same process, or another run of the same stage in the same job.
+Every figure compares the stage's own worker, started by Ray Train as the pipeline starts it, with something leaner. What is
+compared takes turns, step by step or run by run, for other tenants of the machine change its speed from minute to minute.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config, load_config
 from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.running import run_unet
 from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import Draws, decode_encoded
@@ -30,12 +30,12 @@ from aptp_ray.train.passes import autocast
 from aptp_ray.train.prune import prune_worker
 from aptp_ray.train.worker import Worker, fast_attention, noise_schedule
 from benchmarks.sd21 import inline_ratio
+from benchmarks.train_turns import between_steps, in_turns
 from cli import DEMO_CONFIG, ray_session
 from rows import encode_rows, encoder_spec, framing, layout_of, reader_of
 
 STEPS, WINDOW = 60, 20  # of a run, and those at its end that count: what starts up has started up
-KEPT_STEPS, KEPT_EVERY = 300, 50
-REPEATS = 12
+KEPT_STEPS, KEPT_EVERY, AFTER_KEEPING = 350, 50, 10  # the upload, beside the steps, is over by then
 _IMAGES = ["data.source.train_images=1024", "data.source.validation_images=256"]
 
 
@@ -91,9 +91,9 @@ def configured(run_dir: str, *options: str, workers: int = 1, threads: int = 2, 
 def prune_step(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
     """The prune stage's step against its UNets' bare passes, and against itself with the encoders inside."""
     config = configured(run.root)
-    outcome, floor = launched(prune_and_floor, config, run, "prune")
+    _, found = launched(prune_and_floor, config, run, "prune")
     batch = config.prune.loop.global_batch_size
-    step, bare, inline = batch / outcome["samples_per_second"], floor["seconds"], floor["encoders_seconds"]
+    step, bare, inline = (found[name] for name in ("step", "floor", "encoders"))
     say(
         f"prune: {1e3 * step:.0f} ms a step of {batch}, its floor {1e3 * bare:.0f} ms (teacher and masked UNet forward, "
         f"backward to the masks); encoders in fp32 would add {1e3 * inline:.0f} ms"
@@ -113,9 +113,8 @@ def prune_step(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
 def finetune_step(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
     """The step of an expert's run against its UNets' bare passes."""
     config = configured(run.root)
-    outcome, floor = launched(expert_and_floor, config, run, "expert-0")
-    batch = config.finetune.apart.global_batch_size
-    step, bare = batch / outcome["samples_per_second"], floor["seconds"]
+    _, found = launched(expert_and_floor, config, run, "expert-0")
+    batch, step, bare = config.finetune.apart.global_batch_size, found["step"], found["floor"]
     say(
         f"finetune: {1e3 * step:.0f} ms a step of {batch}, its floor {1e3 * bare:.0f} ms (teacher forward, expert forward "
         "and backward, AdamW)"
@@ -130,7 +129,7 @@ def finetune_step(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
 def launched(worker: Any, config: Config, run: RunDir, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs a stage's worker as its stage does; returns its outcome, and what the worker measured besides."""
     outcome = launch(worker, config=config, run=run, name=name, **inputs_of(worker, config, run))
-    return outcome, run.read_json("train", name, "floor.json") if run.exists("train", name, "floor.json") else {}
+    return outcome, run.read_json("train", name, "seconds.json") if run.exists("train", name, "seconds.json") else {}
 
 
 def inputs_of(worker: Any, config: Config, run: RunDir) -> dict[str, Any]:
@@ -147,14 +146,13 @@ def inputs_of(worker: Any, config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def prune_and_floor(settings: dict[str, Any]) -> None:
-    """The prune stage's worker; then, in the same process, the bare passes of a step, and the encoders in fp32."""
-    prune_worker(settings)
+    """The prune stage's worker; by turns with it the bare passes of a step, and the encoders in fp32."""
     worker = Worker.start(settings)
     teacher, inputs = bare_step(worker, settings)
     gated = GatedUNet(teacher)
     masks = torch.rand(len(inputs["sample"]), gated.space.dim, requires_grad=True)
 
-    def step() -> None:
+    def floor() -> None:
         with autocast(worker.place.device, worker.config.prune.loop.precision):
             with torch.no_grad():
                 target = run_unet(gated, *inputs.values())
@@ -163,22 +161,20 @@ def prune_and_floor(settings: dict[str, Any]) -> None:
         masks.grad = None
         (output.float() - target.float()).square().mean().backward()
 
-    figures = {"seconds": median_seconds(step), "encoders_seconds": median_seconds(encoders(worker))}
-    worker.run.write_json(figures, "train", worker.name, "floor.json")
+    in_turns(prune_worker, settings, STEPS - WINDOW - 2, {"floor": floor, "encoders": encoders(worker)})
 
 
 def expert_and_floor(settings: dict[str, Any]) -> None:
-    """An expert's worker; then, in the same process, the bare passes of a step."""
-    from aptp_ray.core.pruned_model import PrunedUNet2DConditionModel
+    """An expert's worker; by turns with it the bare passes of a step."""
+    from aptp_ray.core.prune import prune_unet
 
-    expert_worker(settings)
     worker = Worker.start(settings)
     teacher, inputs = bare_step(worker, settings)
-    student = PrunedUNet2DConditionModel.from_pretrained(worker.run.local("experts", "0"))
-    fast_attention(student, worker.place.device).train()
+    code = PromptRouter.from_pretrained(worker.run.local("router")).hard_codes[0]
+    student = fast_attention(prune_unet(teacher, code), worker.place.device).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
 
-    def step() -> None:
+    def floor() -> None:
         with autocast(worker.place.device, worker.config.finetune.apart.precision):
             with torch.inference_mode():
                 target = run_unet(teacher, *inputs.values())
@@ -187,7 +183,7 @@ def expert_and_floor(settings: dict[str, Any]) -> None:
         (output.float() - target.float()).square().mean().backward()
         optimizer.step()
 
-    worker.run.write_json({"seconds": median_seconds(step)}, "train", worker.name, "floor.json")
+    in_turns(expert_worker, settings, STEPS - WINDOW - 2, {"floor": floor})
 
 
 def bare_step(worker: Worker, settings: dict[str, Any]) -> tuple[UNet2DConditionModel, dict[str, Any]]:
@@ -222,16 +218,6 @@ def encoders(worker: Worker) -> Callable[[], Any]:
     return lambda: encoder(squares)
 
 
-def median_seconds(step: Callable[[], Any]) -> float:
-    """Median time of a call, after two that warm up."""
-    taken = []
-    for _ in range(REPEATS + 2):
-        begun = time.monotonic()
-        step()
-        taken.append(time.monotonic() - begun)
-    return statistics.median(taken[2:])
-
-
 # -- workers and checkpoints ---------------------------------------------------------------------------------------------
 
 
@@ -241,34 +227,49 @@ def two_workers(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
     With half of the rows a worker's passes are less efficient: each has the same thousands of small operations to start.
     """
     batch = configured(run.root).prune.loop.global_batch_size
-    rates = {}
-    for workers, rows in ((1, batch), (2, batch), (2, batch // 2)):
+    rates: dict[tuple[int, int], list[float]] = {}
+    for turn, (workers, rows) in enumerate(((1, batch), (2, batch), (2, batch // 2), (2, batch), (1, batch))):
         option = f"prune.loop.global_batch_size={workers * rows}"
         config = configured(run.root, option, workers=workers, threads=1)
-        outcome, _ = launched(prune_worker, config, run, f"prune-{workers}-workers-{rows}")
-        rates[workers, rows] = outcome["samples_per_second"]
-        say(f"prune, workers of one thread and {rows} rows: {workers} give {rates[workers, rows]:.1f} samples/s")
-    alone = rates[1, batch]
+        outcome, _ = launched(prune_worker, config, run, f"prune-workers-turn-{turn}")
+        rates.setdefault((workers, rows), []).append(outcome["samples_per_second"])
+        say(f"prune, workers of one thread and {rows} rows: {workers} give {outcome['samples_per_second']:.1f} samples/s")
+    means = {key: statistics.fmean(values) for key, values in rates.items()}
+    alone = means[1, batch]
     return {
-        "two_workers_speedup": round(rates[2, batch] / alone, 3),
-        "two_workers_speedup_same_global_batch": round(rates[2, batch // 2] / alone, 3),
+        "two_workers_speedup": round(means[2, batch] / alone, 3),
+        "two_workers_speedup_same_global_batch": round(means[2, batch // 2] / alone, 3),
         "one_worker_samples_per_s": round(alone, 1),
-        "two_workers_samples_per_s": round(rates[2, batch], 1),
+        "two_workers_samples_per_s": round(means[2, batch], 1),
     }
 
 
 def checkpoints(run: RunDir, say: Callable[[str], None]) -> dict[str, Any]:
-    """Time of an expert's run that keeps a checkpoint every 50 steps, against one that keeps the last alone.
+    """What keeping a checkpoint every 50 steps adds to an expert's run: to the step that keeps it, and to those after it.
 
-    Both turns are run twice, in the order with, without, without, with, so that a machine that slowly changes its pace favors
-    neither.
+    These are set against the other steps of the same 50.
     """
-    seconds: dict[int, list[float]] = {KEPT_EVERY: [], KEPT_STEPS: []}
-    for turn, every in enumerate((KEPT_EVERY, KEPT_STEPS, KEPT_STEPS, KEPT_EVERY)):
-        option = f"finetune.apart.checkpoint_every_steps={every}"
-        config = configured(run.root, option, steps=KEPT_STEPS // 2)
-        outcome, _ = launched(expert_worker, config, run, f"expert-turn-{turn}")
-        seconds[every].append(outcome["train_seconds"])
-    with_them, without = sum(seconds[KEPT_EVERY]), sum(seconds[KEPT_STEPS])
-    say(f"finetune, {KEPT_STEPS} steps: {with_them:.1f} s with a checkpoint every {KEPT_EVERY} steps, {without:.1f} s with none")
-    return {"checkpoint_overhead": round(with_them / without - 1, 4), "seconds_by_checkpoints": seconds}
+    option = f"finetune.apart.checkpoint_every_steps={KEPT_EVERY}"
+    config = configured(run.root, option, steps=KEPT_STEPS)
+    _, found = launched(expert_by_steps, config, run, "expert-kept")
+    # The seconds of step n are those between the beginnings of n and n + 1: a checkpoint after step 50 is in the 50th.
+    seconds = found["steps"]
+    cycles = [seconds[begin - 1 : begin - 1 + KEPT_EVERY] for begin in range(KEPT_EVERY, KEPT_STEPS - KEPT_EVERY + 1, KEPT_EVERY)]
+    added = []
+    for cycle in cycles:
+        others = statistics.median(cycle[AFTER_KEEPING:])
+        added.append((sum(cycle[:AFTER_KEEPING]) - AFTER_KEEPING * others) / (len(cycle) * others))
+    first = statistics.median(cycle[0] - statistics.median(cycle[AFTER_KEEPING:]) for cycle in cycles)
+    say(
+        f"finetune: a checkpoint every {KEPT_EVERY} steps adds {statistics.median(added):.2%} to the steps' time; the step that "
+        f"keeps it takes {1e3 * first:.0f} ms longer"
+    )
+    return {"checkpoint_overhead": round(statistics.median(added), 4), "checkpoint_step_ms": round(1e3 * first, 1)}
+
+
+def expert_by_steps(settings: dict[str, Any]) -> None:
+    """An expert's worker, which writes down how long each step took."""
+    worker, taken = Worker.start(settings), list[float]()
+    with between_steps(taken.append):
+        expert_worker(settings)
+    worker.run.write_json({"steps": taken}, "train", worker.name, "seconds.json")

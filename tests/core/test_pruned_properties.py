@@ -69,6 +69,21 @@ def test_files_in_shards_and_in_half_precision(pruned: Any, tmp_path: Path) -> N
     assert [p.shape for p in again.parameters()] == [p.shape for p in pruned.parameters()]
 
 
+@pytest.mark.parametrize("name", ["sd15", "pixart"])
+def test_parts_of_it_may_lie_on_the_disk(name: str, tmp_path: Path) -> None:
+    """A device map, as accelerate makes them where memory is short: what is on the disk comes when it is called."""
+    model = TEACHERS[name]()
+    pruned = prune_unet(model, _code(model))
+    pruned.save_pretrained(tmp_path / "whole")
+    far = ("up_blocks", "transformer_blocks")
+    tops = [*pruned.named_children(), *pruned.named_parameters(recurse=False)]
+    places = {top: "disk" if top in far else "cpu" for top, _ in tops}
+    placed = type(pruned).from_pretrained(tmp_path / "whole", device_map=places, offload_folder=tmp_path / "far")
+    away = [n for n, p in placed.named_parameters() if p.device.type == "meta"]
+    assert away and all(n.startswith(far) for n in away)
+    assert torch.equal(_run(placed), _run(pruned))
+
+
 def test_bfloat16_is_near_float32(pruned: Any) -> None:
     exact, half = _run(pruned), pruned.to(torch.bfloat16)
     inputs = inputs_for(half)

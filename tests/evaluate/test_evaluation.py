@@ -17,12 +17,13 @@ from PIL import Image
 from aptp_ray.artifacts import RunDir, RunDirError
 from aptp_ray.config import Config, ConfigError
 from aptp_ray.core.components import load_components, load_unet
+from aptp_ray.core.int8 import weight_bytes
 from aptp_ray.core.macs import count_macs
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.evaluate.drawn_shards import plan
 from aptp_ray.evaluate.encoders import Encoders
 from aptp_ray.evaluate.evaluation import SCORES, Work, evaluate, prepare
-from aptp_ray.evaluate.generation import Artist, draw, image_seed, missing
+from aptp_ray.evaluate.generation import Artist, draw, image_seed, missing, open_unet
 from aptp_ray.evaluate.systems import Painter, read_captions, short_names, unique_key
 from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
 
@@ -93,6 +94,15 @@ def test_an_image_is_what_its_unet_draws_alone(evaluated: tuple[Path, Work, dict
     (expected,) = lone.generate([caption.text], [facts["seed"]], num_inference_steps=3, guidance_scale=3.0)
     # One level of 255: a larger batch rounds its products otherwise.
     assert np.abs(drawn.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_experts_are_judged_with_the_weights_that_serve(report_run: Path) -> None:
+    config, run = config_of(report_run), RunDir(str(report_run))
+    served = config.model_copy(update={"serve": config.serve.model_copy(update={"weights": "int8"})})
+    for expert in (0, None):
+        painter = Painter(run.uri, expert, 3)
+        whole, judged = (weight_bytes(open_unet(one, run, painter, "cpu")) for one in (config, served))
+        assert judged < whole if expert is not None else judged == whole
 
 
 def test_costs_and_scores_are_written(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:

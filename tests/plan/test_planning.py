@@ -251,6 +251,14 @@ def test_the_serve_config_is_what_ray_and_our_application_take() -> None:
     assert len(lines) == 6 and lines[1].startswith("expert-0") and "an hour" in lines[-1]
 
 
+def test_the_serve_config_opens_the_store_without_holding_its_secret() -> None:
+    options = {"key": "env:STORE_KEY", "secret": "hunter2hunter2", "endpoint_url": "http://store:9000"}
+    text = to_yaml(make_plan(fleet(), models(), MACS), "s3://bucket/run", storage_options=options)
+    assert "hunter2" not in text
+    written = yaml.safe_load(text)["applications"][0]["args"]["storage_options"]
+    assert written == options | {"secret": "env:APTP_STORAGE_OPTIONS_SECRET"}
+
+
 def test_a_config_that_ray_would_refuse_is_found() -> None:
     import plan as job
 

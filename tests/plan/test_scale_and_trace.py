@@ -199,3 +199,19 @@ def test_a_service_as_deployed_is_replayed(run: RunDir, tmp_path: Path) -> None:
     assert hosts == [Host((0, 1, 2))] and np.all(np.array(times[1]) > np.array(times[0]))
     halves = config.model_copy(update={"serve": config.serve.model_copy(update={"gpus_per_expert": 0.5, "replicas": 2})})
     assert job.deployed(halves, fleet_of_file, models, macs)[0] == [Host((0, 0)), Host((1, 1)), Host((2, 2))]
+
+
+def test_on_a_cpu_what_is_done_beside_the_steps_is_no_part_of_them(run: RunDir, tmp_path: Path) -> None:
+    from aptp_ray.plan.fleet import load_fleet
+    from aptp_ray.plan.simulate import host_of, simulated_times
+    from aptp_ray.plan.times import Model, step_times
+
+    fleet_of_file = load_fleet(fleet_file(tmp_path, memory_gb=5, side_ms=40))
+    gpu = fleet_of_file.devices[0]
+    cpu = gpu.model_copy(update={"gpu": False, "lanes": 2, "crowding": 1.2})
+    found = step_times(Model("expert-0", 1.0, 0.5, 1.0), cpu, fleet_of_file, 10**11)
+    assert host_of(cpu, [0, 1], fleet_of_file) == Host((0, 1), 2, 1.2, 0.04, turns=True)
+    assert host_of(gpu, [0], fleet_of_file) == Host((0,))
+    # 40 ms over 25 steps for each image of the batch.
+    beside = np.array(found.seconds) - np.array(simulated_times(found, cpu))
+    assert beside == pytest.approx(0.0016 * np.arange(1, found.limit + 1)) and simulated_times(found, gpu) == found.seconds

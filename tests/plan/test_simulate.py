@@ -176,3 +176,45 @@ def test_a_large_fleet_is_simulated_in_reasonable_time() -> None:
     simulate(hosts, times, arrivals)
     # A quarter of what is asked of a free core: machines that run tests are busy.
     assert len(arrivals.at) / (time.process_time() - begun) > 25_000
+
+
+# -- cores -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_errands_take_cores_from_steps_only_where_there_are_too_few() -> None:
+    arrivals = Arrivals(np.array([0.0, 0.0]), np.array([0, 1]), np.array([4, 4]))
+    times = [(1.0,), (1.0,)]
+    idle = simulate([Host((0, 1), lanes=4, errand_s=1.0)], times, arrivals)
+    assert idle.latency_s.tolist() == pytest.approx([4, 4])  # two engines and two errands on four cores
+    # Four threads on two cores until the errands are over at 2; each engine has by then done 1 of its 4 seconds.
+    busy = simulate([Host((0, 1), lanes=2, errand_s=1.0)], times, arrivals)
+    assert busy.latency_s.tolist() == pytest.approx([5, 5])
+    # Three engines take turns on two cores: six seconds of work for each errand's one, in all 3 x 4 + 3.
+    three = Arrivals(np.zeros(3), np.arange(3), np.full(3, 4))
+    turns = simulate([Host((0, 1, 2), lanes=2, errand_s=1.0)], [(1.0,)] * 3, three)
+    assert turns.latency_s.tolist() == pytest.approx([7.5] * 3) and turns.busy[0] == pytest.approx(1)
+
+
+def test_engines_that_take_turns_get_time_by_their_steps() -> None:
+    arrivals = Arrivals(np.zeros(2), np.arange(2), np.full(2, 4))
+    times = [(1.0,), (3.0,)]
+    # A round is a second of the one and three of the other: both need four rounds.
+    assert simulate([Host((0, 1), turns=True)], times, arrivals).latency_s.tolist() == pytest.approx([16, 16])
+    assert simulate([Host((0, 1))], times, arrivals).latency_s.tolist() == pytest.approx([8, 16])
+    # On two lanes the long one never waits, and the two short ones share what is left.
+    three = Arrivals(np.zeros(3), np.arange(3), np.full(3, 4))
+    found = simulate([Host((0, 1, 2), lanes=2, turns=True)], [(1.0,), (1.0,), (4.0,)], three)
+    assert found.latency_s.tolist() == pytest.approx([8, 8, 16])
+
+
+def test_crowded_cores_are_slower() -> None:
+    arrivals = Arrivals(np.array([0.0, 0.0]), np.array([0, 1]), np.array([2, 5]))
+    result = simulate([Host((0, 1), lanes=2, crowding=1.5)], [(1.0,), (1.0,)], arrivals)
+    assert result.latency_s.tolist() == pytest.approx([3, 6])  # both at two thirds until 3; then three steps alone
+
+
+def test_an_engine_with_errands_is_one_with_less_of_a_core() -> None:
+    # One engine, one core: the work of steps and errands is one queue's, whatever their order.
+    arrivals = poisson(1.0, 20_000, [1], {1: 1.0}, seed=11)
+    result = simulate([Host((0,), errand_s=0.2)], [(0.5,)], arrivals)
+    assert result.busy[0] == pytest.approx(0.7, rel=0.02)

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from aptp_ray.artifacts import load_run
 from aptp_ray.core.batch_profile import BatchProfile
 from aptp_ray.core.components import load_components, load_unet
+from aptp_ray.core.int8 import weight_bytes
 from aptp_ray.core.sampler import Sampler
-from aptp_ray.serve.expert import Expert, memory_mb
+from aptp_ray.serve.expert import Expert, _load, memory_mb
 from aptp_ray.serve.protocol import TEACHER, DrawJob, Outcome
 
 
@@ -80,6 +82,20 @@ def test_the_largest_batch_is_measured_and_kept_out_of_the_run(
     again = Expert(str(run), {}, 1, {"max_batch_size": limit})
     assert asyncio.run(again.status())["max_batch_size"] == 2
     again.__del__()
+
+
+def test_int8_weights_take_less_and_draw_almost_the_same(run_dir: Path) -> None:
+    run, config = load_run(str(run_dir), {})
+    images, sizes = {}, {}
+    for weights in ("whole", "int8"):
+        expert = Expert(str(run_dir), {}, 0, {"weights": weights, "max_batch_size": 1})
+        images[weights] = _draw(expert).astype(float)
+        expert.__del__()
+        serve = config.serve.model_copy(update={"weights": weights})
+        sizes[weights] = weight_bytes(_load(run, config.model_copy(update={"serve": serve}), 0)[0])
+    assert sizes["int8"] < 0.7 * sizes["whole"]
+    off = np.abs(images["int8"] - images["whole"])
+    assert 0 < off.mean() < 3  # of 255
 
 
 def test_weights_stay_mapped_from_their_files(run_dir: Path) -> None:

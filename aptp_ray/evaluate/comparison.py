@@ -1,0 +1,181 @@
+"""The report's comparison: a table of systems with intervals, quality against compute as a plot, and what images get right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from aptp_ray.evaluate.widgets import section, table
+
+# As people read them; and what each is.
+_SCORES = {
+    "frechet": "Frechet distance",
+    "kid": "kernel distance",
+    "cmmd": "CMMD",
+    "fid": "FID",
+    "inception_kid": "KID",
+    "clip_score": "image-text score",
+    "facts": "facts right",
+}
+_PLOTTED = ("fid", "frechet", "clip_score", "facts")
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 520, 320, 62, 40, 16, 16
+# Shapes, not colors alone, tell systems apart in print and to the color-blind.
+_FORMS = ("circle", "square", "diamond", "triangle", "down", "bar")
+_SHAPES = tuple((form, kind) for kind in ("full", "hollow") for form in _FORMS)
+
+
+def comparison(scores: dict[str, Any]) -> str:
+    """Returns the sections of ``evaluation/scores.json``."""
+    parts = [section("Against what it replaces", _note(scores), _systems(scores) + _plots(scores))]
+    facts = _facts(scores)
+    if facts:
+        parts.append(section("What the images get right", _facts_note(), facts))
+    return "".join(parts)
+
+
+def _names(scores: dict[str, Any]) -> list[str]:
+    found = {score for system in scores["systems"].values() for score in system["scores"]}
+    return [name for name in _SCORES if name in found]
+
+
+def _note(scores: dict[str, Any]) -> str:
+    labels = "; ".join(escape(text) for text in scores["labels"].values())
+    return (
+        f"{scores['images']} held-out captions, one image each by every system from the same noise; in brackets, 95 % intervals "
+        f"by bootstrap over captions. A star marks a difference to {escape(scores['differences']['against'])}, on the same "
+        f"captions, whose interval leaves out zero. {labels}."
+    )
+
+
+def _systems(scores: dict[str, Any]) -> str:
+    names, differences = _names(scores), scores["differences"]["scores"]
+    better = scores["better"]
+    arrows = {name: "&uarr;" if better[name] == "higher" else "&darr;" for name in names}
+    head = ["system", "steps", "MACs an image", *(f"{_SCORES[name]} {arrows[name]}" for name in names)]
+    ordered = sorted(scores["systems"].items(), key=lambda item: item[1]["macs_per_image"])
+    rows = []
+    for system, found in ordered:
+        cells = []
+        for name in names:
+            one, apart = found["scores"].get(name), differences.get(name, {}).get(system)
+            star = "*" if apart and None not in apart.values() and apart["low"] * apart["high"] > 0 else ""
+            cells.append(_with_interval(one) + star if one else "")
+        rows.append([escape(system), str(found["steps"]), f"{found['macs_per_image'] / 1e9:.1f} G", *cells])
+    return table(head, rows)
+
+
+def _with_interval(one: dict[str, float | None]) -> str:
+    if one["value"] is None:
+        return "not a number"
+    low, high = one["low"], one["high"]
+    interval = "" if low is None or high is None else f" <small>[{low:.4g}, {high:.4g}]</small>"
+    return f"{one['value']:.4g}{interval}"
+
+
+# -- quality against compute -----------------------------------------------------------------------------------------------
+
+
+def _plots(scores: dict[str, Any]) -> str:
+    found = [_plot(scores, name) for name in _PLOTTED if name in _names(scores)]
+    return f"<div class=plots>{''.join(found)}</div>"
+
+
+def _plot(scores: dict[str, Any], name: str) -> str:
+    points = [
+        (system, found["macs_per_image"] / 1e9, found["scores"][name])
+        for system, found in scores["systems"].items()
+        if name in found["scores"] and None not in found["scores"][name].values()
+    ]
+    if not points:
+        return ""
+    shapes = {system: _SHAPES[index % len(_SHAPES)] for index, system in enumerate(scores["systems"])}
+    xs = _Axis([x for _, x, _ in points], _LEFT, _WIDTH - _RIGHT)
+    ys = _Axis([one[end] for _, _, one in points for end in ("low", "high")], _HEIGHT - _BOTTOM, _TOP)
+    marks = "".join(
+        f"<g><title>{escape(system)}: {_SCORES[name]} {one['value']:.4g} at {x:.1f} GMACs an image</title>"
+        f'<line x1="{xs(x):.1f}" x2="{xs(x):.1f}" y1="{ys(one["low"]):.1f}" y2="{ys(one["high"]):.1f}"/>'
+        f"{_mark(shapes[system], xs(x), ys(one['value']))}</g>"
+        for system, x, one in points
+    )
+    grid = "".join(
+        f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{ys(tick):.1f}" y2="{ys(tick):.1f}"/>'
+        f'<text class=y x="{_LEFT - 8}" y="{ys(tick) + 4:.1f}">{tick:.4g}</text>'
+        for tick in ys.ticks
+    ) + "".join(f'<text class=x x="{xs(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}">{tick:.4g}</text>' for tick in xs.ticks)
+    better = "higher" if scores["better"][name] == "higher" else "lower"
+    legend = "".join(
+        f'<span><svg viewBox="-8 -8 16 16">{_mark(shapes[system], 0, 0)}</svg>{escape(system)}</span>' for system, _, _ in points
+    )
+    return (
+        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role=img aria-label="{_SCORES[name]} against MACs an image">{grid}{marks}'
+        f'<text class=x x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 4}">GMACs an image</text></svg>'
+        f"<figcaption>{_SCORES[name]}; {better} is better<small class=shapes>{legend}</small></figcaption></figure>"
+    )
+
+
+class _Axis:
+    """Values to pixels, with a margin, and round numbers in between."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float) -> None:
+        low, high = min(values), max(values)
+        margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+        self._low, self._high, self._first, self._last = low - margin, high + margin, first, last
+        step = _round_step((self._high - self._low) / 5)
+        start = -int(-self._low // step)
+        self.ticks = [step * index for index in range(start, start + 12) if self._low <= step * index <= self._high]
+
+    def __call__(self, value: float) -> float:
+        return self._first + (value - self._low) / (self._high - self._low) * (self._last - self._first)
+
+
+def _round_step(wanted: float) -> float:
+    power = 10.0 ** _floor_log10(wanted)
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wanted * 0.999)
+
+
+def _floor_log10(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])
+
+
+def _mark(look: tuple[str, str], x: float, y: float) -> str:
+    shape, kind = look
+    if shape == "circle":
+        return f'<circle class={kind} cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
+    half, tall = 5.0, 6.5
+    corners = {
+        "square": ((-half, -half), (half, -half), (half, half), (-half, half)),
+        "diamond": ((0, -tall), (tall, 0), (0, tall), (-tall, 0)),
+        "triangle": ((0, -tall), (tall, half), (-tall, half)),
+        "down": ((0, tall), (tall, -half), (-tall, -half)),
+        "bar": ((-tall, -2.5), (tall, -2.5), (tall, 2.5), (-tall, 2.5)),
+    }[shape]
+    return f'<polygon class={kind} points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"/>'
+
+
+# -- facts -----------------------------------------------------------------------------------------------------------------
+
+
+def _facts_note() -> str:
+    return (
+        "Questions that the data's own scene answers, asked of each image by classifier heads: the share that is right, for "
+        "combinations that training held and for those that it never saw."
+    )
+
+
+def _facts(scores: dict[str, Any]) -> str:
+    systems = scores["systems"]
+    found = {name: system["facts"] for name, system in systems.items() if system.get("facts")}
+    parts = []
+    for kind, title in (("seen", "Seen combinations"), ("held_out", "Held-out combinations")):
+        questions = sorted({question for facts in found.values() for question in facts.get(kind, {})})
+        if not questions:
+            continue
+        rows = [
+            [escape(name), *(f"{facts[kind][q]['right']:.1%}" if q in facts.get(kind, {}) else "" for q in questions)]
+            for name, facts in found.items()
+        ]
+        asked = next(iter(found.values()))[kind]
+        head = ["system", *(f"{escape(q)} ({asked[q]['asked']})" if q in asked else escape(q) for q in questions)]
+        parts.append(f"<h3>{title}</h3>{table(head, rows)}")
+    return "".join(parts)

@@ -1,0 +1,243 @@
+"""The simulator of ``jobs/plan.py`` against the service that it stands for: the demo's, on this machine, under random arrivals.
+
+What the simulator is told is measured on the service itself: step times of each expert by batch, how much slower steps are while
+all cores are at work, what a request takes outside of its steps. No figure is fitted to the traces that it is judged by. With
+``--out`` all of it is kept as files that ``jobs/plan.py RUN_DIR OUT/fleet.yaml --trace OUT/trace-0.6.jsonl --deployed`` takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from ray import serve
+
+from aptp_ray.artifacts import RunDir, load_run
+from aptp_ray.config import Config
+from aptp_ray.core.batch_profile import BatchProfile, candidate_sizes, device_name
+from aptp_ray.plan.fleet import Fleet, load_fleet
+from aptp_ray.plan.sources import models_of
+from aptp_ray.plan.trace import compare, read_trace
+from aptp_ray.serve.expert import Expert
+from aptp_ray.serve.run import APP_NAME, stop
+from benchmarks.serve import started
+from benchmarks.serve_clients import GENERATE, STEPS, Answer, Client, backlog, poisson
+from benchmarks.serve_cpu import cpu_seconds
+from benchmarks.serve_run import cut_run, demo_prompts
+from benchmarks.simulator_scale import planner_seconds, requests_per_second, scaled
+from cli import ray_session
+from plan import deployed
+
+_LOADS = (0.3, 0.6, 0.8)  # of the saturated service's requests per second
+_TRACE_S = 20.0
+_ROUNDS, _STEPS = 3, 20  # of the calibration: of every size, and of every image
+_BACKLOG, _BATCH = 96, 8  # the batch as in jobs/configs/openmoji.yaml
+_IDLE = 12  # requests, one after another
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the simulator is told of the service.
+
+    Attributes:
+        profiles: of each expert, by its deployment's name: whole steps of the engine, not the UNet's alone.
+        lanes: experts that denoise at the same time (see ``serve/turns.py``).
+        crowding: time of a step while all lanes are at work over that of one alone.
+        overhead_ms: of a request, outside of its steps.
+        side_ms: CPU time of a request, outside of its steps.
+        images_per_s: of the saturated service.
+    """
+
+    profiles: dict[str, BatchProfile]
+    lanes: int
+    crowding: float
+    overhead_ms: float
+    side_ms: float
+    images_per_s: float
+
+
+def measure(say: Say, run_dir: str | None = None, out: str | None = None) -> dict[str, Any]:
+    """Measures the service, replays traces to it, and simulates them.
+
+    Args:
+        say: writes a line for people.
+        run_dir: a finished run of the demo; by default, one is cut from the shipped teacher.
+        out: folder to keep the fleet file, the profiles and the traces in.
+    """
+    os.environ["RAY_worker_niceness"] = "0"  # as for the topic serve
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(out or f"{folder}/out")
+        kept.mkdir(parents=True, exist_ok=True)
+        run, config = load_run(run_dir if run_dir else cut_run(f"{folder}/run").uri)
+        with ray_session(config):
+            address = started(run, Expert, {"max_batch_size": _BATCH})
+            try:
+                found = asyncio.run(calibrate(address, run, config, say))
+                for load in _LOADS:
+                    answers = asyncio.run(replayed(address, load * found.images_per_s, round(10 * load)))
+                    write_trace(kept / f"trace-{load}.jsonl", answers)
+            finally:
+                stop()
+        fleet = write_fleet(kept, found)
+        figures = judged(kept, fleet, run, config, say)
+    scale = scaled(say)
+    return figures | {"planner_s": planner_seconds(say), "simulated_requests_per_s": requests_per_second(say)} | scale
+
+
+# -- the service ---------------------------------------------------------------------------------------------------------
+
+
+async def calibrate(address: str, run: RunDir, config: Config, say: Say) -> Calibration:
+    """Asks for images of one expert alone, of all experts at once, and of an idle service."""
+    names = [f"expert-{entry['id']}" for entry in run.read_json("routing.json")["experts"]]
+    lanes = max(1, (os.cpu_count() or 1) // config.serve.threads_per_expert)
+    client = Client(address)
+    await client.replay(backlog(8))
+    profiles = await _profiles(client, names, say)
+    crowding = await _crowding(client, names, lanes, profiles)
+    idle = await _idle(client)
+    over = [a.seconds * 1000 - a.ask.steps * profiles[a.facts["model"]].step_ms(1) for a in idle]
+    before = cpu_seconds()
+    answers = await client.replay(backlog(_BACKLOG, first=8))
+    after = cpu_seconds()
+    outside = sum(after[part] - before.get(part, 0.0) for part in after if part != "experts") / len(answers)
+    # Texts are encoded while their request is in line; images are decoded beside the steps.
+    inside = median(a.facts["queue_ms"] for a in idle) + median(a.facts["decode_ms"] for a in idle)
+    found = Calibration(
+        profiles=profiles,
+        lanes=lanes,
+        crowding=round(crowding, 3),
+        overhead_ms=round(median(over), 2),
+        side_ms=round(1000 * outside + inside, 2),
+        images_per_s=len(answers) / max(answer.seconds for answer in answers),
+    )
+    say(
+        f"{found.images_per_s:.2f} images/s; steps of {', '.join(f'{p.step_ms(1):.1f}' for p in profiles.values())} ms alone, "
+        f"{found.crowding:.2f} times that with {lanes} at work; {found.overhead_ms:.0f} ms outside of the steps, of which "
+        f"{found.side_ms:.0f} ms of a core"
+    )
+    return found
+
+
+async def _profiles(client: Client, names: Sequence[str], say: Say) -> dict[str, BatchProfile]:
+    """Measures the steps of every expert by images in the batch, while nothing else runs."""
+    times: dict[str, dict[int, list[float]]] = {}
+    for name in names:
+        handle = serve.get_deployment_handle(name, APP_NAME)
+        (status,) = await handle.broadcast("status").results_async(timeout_s=30)
+        times[name] = {size: [] for size in candidate_sizes(status["max_batch_size"])}
+    for number in range(_ROUNDS):  # round by round: the machine's speed changes from minute to minute
+        for name, sizes in times.items():
+            for size, found in sizes.items():
+                found.append(await _step_ms(client, name, size, number))
+    device = f"{device_name(torch.device('cpu'))}, in the service"
+    profiles = {}
+    for name, sizes in times.items():
+        each = tuple(median(found) for found in sizes.values())
+        profiles[name] = BatchProfile(device, tuple(sizes), each, each, "measured over HTTP, with guidance")
+        say(f"{name}: ms a step by images " + ", ".join(f"{n}: {ms:.1f}" for n, ms in zip(sizes, each, strict=True)))
+    return profiles
+
+
+async def _step_ms(client: Client, model: str, images: int, seed: int) -> float:
+    prompt = demo_prompts("validation", seed + 1)[seed]
+    body = {"prompt": prompt, "model": model, "n": images, "num_inference_steps": _STEPS, "seed": seed}
+    return float((await client.post(GENERATE, body))["aptp"]["denoise_ms"]) / _STEPS
+
+
+async def _crowding(client: Client, names: Sequence[str], lanes: int, profiles: dict[str, BatchProfile]) -> float:
+    """Returns how many times longer steps take while as many experts are at work as there are lanes."""
+    if lanes == 1 or len(names) == 1:
+        return 1.0
+    ratios = []
+    for number in range(_ROUNDS):
+        for at in range(len(names)):
+            together = [names[(at + other) % len(names)] for other in range(min(lanes, len(names)))]
+            for size in (1, 2):
+                found = await asyncio.gather(*(_step_ms(client, name, size, number) for name in together))
+                ratios += [ms / profiles[name].step_ms(size) for name, ms in zip(together, found, strict=True)]
+    return max(1.0, median(ratios))
+
+
+async def _idle(client: Client) -> list[Answer]:
+    found = []
+    for ask in backlog(3 * _IDLE)[:_IDLE]:
+        found += await client.replay([ask])
+    return found
+
+
+async def replayed(address: str, rate: float, seed: int) -> list[Answer]:
+    """Sends Poisson arrivals at a rate; returns their answers."""
+    return await Client(address).replay(poisson(rate, _TRACE_S, seed))
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def write_trace(path: Path, answers: Sequence[Answer]) -> None:
+    """Writes what ``jobs/plan.py --trace`` reads: as the client saw it, from when it really sent."""
+    rows = [
+        {
+            "arrival_s": answer.ask.at + answer.late,
+            "expert": answer.facts["expert"],
+            "steps": answer.ask.steps,
+            "latency_s": answer.seconds - answer.late,
+        }
+        for answer in answers
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+def write_fleet(folder: Path, found: Calibration) -> Fleet:
+    """Writes this machine as a fleet of one device; returns it."""
+    for name, profile in found.profiles.items():
+        (folder / f"{name}.json").write_text(profile.to_json(), encoding="utf-8")
+    device = {
+        "name": "this-machine",
+        "gpu": False,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "cpus": os.cpu_count() or 1,
+        "lanes": found.lanes,
+        "crowding": found.crowding,
+        "price_per_hour": 1.0,
+        "profiles": {name: f"{name}.json" for name in found.profiles},
+        "tflops": 1.0,  # of the teacher, which is not served
+    }
+    tree = {
+        "load": {"images_per_s": round(0.6 * found.images_per_s, 2), "steps": dict.fromkeys(STEPS, 1.0)},
+        "objective": {"p95_s": 10.0},
+        "replica": {"cpus": 0.2, "reserve_gb": 0.5, "overhead_ms": found.overhead_ms, "side_ms": found.side_ms},
+        "max_batch_size": max(max(profile.sizes) for profile in found.profiles.values()),
+        "devices": [device],
+    }
+    (folder / "fleet.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return load_fleet(folder / "fleet.yaml")
+
+
+def judged(folder: Path, fleet: Fleet, run: RunDir, config: Config, say: Say) -> dict[str, Any]:
+    """Simulates the traces in a folder; returns simulated over measured latencies by load."""
+    models, teacher_macs = models_of(run, config, fleet)
+    hosts, times = deployed(config, fleet, models, teacher_macs)
+    figures: dict[str, Any] = {"simulated_vs_real_p50": {}, "simulated_vs_real_p95": {}, "traces": {}}
+    for load in _LOADS:
+        trace = read_trace(folder / f"trace-{load}.jsonl")
+        found = compare(trace, hosts, times, overhead_s=fleet.replica.overhead_ms / 1000)
+        figures["traces"][str(load)] = found
+        for name in ("p50", "p95"):
+            figures[f"simulated_vs_real_{name}"][str(load)] = found[f"{name}_ratio"]
+        say(
+            f"load {load}: {found['requests']} requests; p50 {found['p50_measured_s']:.3f} s, simulated "
+            f"{found['p50_simulated_s']:.3f}; p95 {found['p95_measured_s']:.3f} s, simulated {found['p95_simulated_s']:.3f}"
+        )
+    return figures | {"within_20_percent": all(found["within_20_percent"] for found in figures["traces"].values())}

@@ -1,0 +1,82 @@
+"""The comparison says what the scores say: rows by compute, stars where intervals leave out zero, marks where values are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from aptp_ray.evaluate.comparison import comparison
+
+SYSTEMS = {"mixture": (0.65, 20.0), "teacher": (1.0, 23.0), "static <one>": (0.65, 26.0), "blocks": (0.8, 41.0)}
+
+
+def one(value: float, width: float) -> dict[str, float]:
+    return {"value": value, "low": value - width, "high": value + width}
+
+
+@pytest.fixture
+def scores() -> dict[str, Any]:
+    return {
+        "images": 500,
+        "labels": {"encoder": "an encoder & its label"},
+        "better": {"frechet": "lower", "clip_score": "higher"},
+        "systems": {
+            name: {
+                "steps": 20,
+                "macs_per_image": cost * 30e9,
+                "scores": {"frechet": one(value, 1.0), "clip_score": one(50 - value, 1.0)},
+                "facts": {"seen": {"color": {"right": 0.75, "asked": 40}}, "held_out": {}},
+            }
+            for name, (cost, value) in SYSTEMS.items()
+        },
+        "differences": {
+            "against": "mixture",
+            "scores": {
+                "frechet": {"teacher": one(3.0, 4.0), "static <one>": one(6.0, 2.0), "blocks": one(21.0, 2.0)},
+                "clip_score": {"teacher": {"value": 1.0, "low": None, "high": None}},
+            },
+        },
+    }
+
+
+def test_rows_are_sorted_by_cost_and_starred_where_they_differ(scores: dict[str, Any]) -> None:
+    page = comparison(scores)
+    rows = re.findall(r"<tr><td class=name>(.*?)</td>(.*?)</tr>", page)[: len(SYSTEMS)]
+    assert [name for name, _ in rows] == ["mixture", "static &lt;one&gt;", "blocks", "teacher"]
+    starred = {name: re.findall(r"<td>([\d.]+) <small>.*?</small>(\*?)</td>", cells) for name, cells in rows}
+    assert {name: cells[0] for name, cells in starred.items()} == {
+        "mixture": ("20", ""), "static &lt;one&gt;": ("26", "*"), "blocks": ("41", "*"), "teacher": ("23", "")
+    }  # fmt: skip
+    assert all(cells[1][1] == "" for cells in starred.values())
+    assert "an encoder &amp; its label" in page and "color (40)" in page and "75.0%" in page
+
+
+def test_marks_stand_where_the_values_are_and_tell_systems_apart(scores: dict[str, Any]) -> None:
+    plot = comparison(scores).split("<figure>")[1]
+    marks = re.findall(
+        r"<title>(.*?): Frechet distance ([\d.]+) at ([\d.]+) GMACs an image</title>"
+        r'<line x1="([\d.]+)" x2="[\d.]+" y1="([\d.]+)" y2="([\d.]+)"/><(\w+) class=(\w+)',
+        plot,
+    )
+    assert {(name, float(value)) for name, value, *_ in marks} == {
+        (name.replace("<", "&lt;").replace(">", "&gt;"), value) for name, (_, value) in SYSTEMS.items()
+    }
+    by_value = sorted(marks, key=lambda mark: float(mark[1]))
+    middles = [(float(low) + float(high)) / 2 for *_, low, high, _, _ in by_value]
+    assert middles == sorted(middles, reverse=True)  # pixels grow downwards
+    slope = {round((a - b) / (float(y[1]) - float(x[1])), 2) for (a, x), (b, y) in zip(
+        zip(middles, by_value, strict=True), list(zip(middles, by_value, strict=True))[1:], strict=False)}  # fmt: skip
+    assert max(slope) - min(slope) <= 0.02  # the axis is linear
+    by_cost = sorted(marks, key=lambda mark: float(mark[2]))
+    assert [float(mark[3]) for mark in by_cost] == sorted(float(mark[3]) for mark in by_cost)
+    legend = plot.split("class=shapes")[1]
+    looks = re.findall(r"<(?:circle|polygon)[^>]*/>", legend)
+    assert len(set(looks)) == len(SYSTEMS)
+
+
+def test_scores_that_could_not_be_estimated_are_left_out_of_the_plot(scores: dict[str, Any]) -> None:
+    scores["systems"]["blocks"]["scores"]["frechet"] = {"value": None, "low": None, "high": None}
+    page = comparison(scores)
+    assert "not a number" in page and "blocks: Frechet" not in page and "blocks: image-text" in page

@@ -1,0 +1,65 @@
+"""One code by a rule: what a baseline's prune stage makes, and that the pipeline takes it all the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aptp_ray.config import parse_config
+from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.macs import MacsModel
+from aptp_ray.train.static import static_code
+from tests.core.tiny import tiny_sd21
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES = ("ablation_greedy", "norm", "random", "block_removal")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_gives_a_code_at_the_budget(rule: str) -> None:
+    gated = GatedUNet(tiny_sd21())
+    macs = MacsModel.measure(gated.unet, (16, 16), 5)
+    config = parse_config(
+        {
+            "run_dir": "x",
+            "data": {"source": {"kind": "openmoji"}},
+            "teacher": {"source": "x"},
+            "router": {"experts": 1},
+            "prune": {"codes": rule, "budget": 0.7},
+        }
+    )
+    score = torch.rand(macs.space.dim, generator=torch.Generator().manual_seed(0)).double() * macs.entry_macs()
+    code = static_code(config, gated, macs, score)
+    macs.space.validate(code.long())
+    if rule == "block_removal":  # BK-SDM's blocks, whatever they come to
+        assert not code[macs.space.num_width :].any() and code[: macs.space.num_width].all()
+    else:
+        assert abs(macs.exact(code) / macs.total / 0.7 - 1) <= 0.005
+    if rule == "ablation_greedy":
+        lost = (score / macs.entry_macs())[~code]
+        assert lost.median() < (score / macs.entry_macs())[code].median()
+
+
+@pytest.mark.slow
+def test_a_baseline_goes_through_the_pipeline_on_rows_that_another_run_encoded(tmp_path: Path) -> None:
+    def pipeline(name: str, *more: str) -> tuple[dict[str, object], str]:
+        arguments = ["jobs/pipeline.py", "jobs/configs/smoke.yaml", f"run_dir={tmp_path / name}", "router.experts=1", *more]
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
+
+    first, _ = pipeline("greedy", "prune.codes=ablation_greedy")
+    second, said = pipeline("norm", "prune.codes=norm", "--take-over", str(tmp_path / "greedy"))
+    assert "teacher, encode" in said and "encode: done before, skipped" in said
+    for line in (first, second):
+        assert abs(line["macs_ratio"] / 0.65 - 1) <= 0.005 and [one["share"] for one in line["experts"]] == [1.0]
+    codes = [json.loads((tmp_path / name / "experts/0/config.json").read_text())["pruning"] for name in ("greedy", "norm")]
+    assert codes[0] != codes[1] and not codes[1]["closed"]
