@@ -70,6 +70,9 @@ class Int8Conv2d(_Int8Layer):
         return product if self.bias is None else product + self.bias.to(input.dtype).view(-1, 1, 1)
 
 
+_KINDS: dict[type, Any] = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
+
+
 def quantize_weights(model: Any, *, least_weights: int = _LEAST_WEIGHTS) -> Any:
     """Turns the linear and convolutional layers of a model's blocks to eight-bit weights, in place.
 
@@ -90,11 +93,12 @@ def quantize_weights(model: Any, *, least_weights: int = _LEAST_WEIGHTS) -> Any:
         raise ValueError("eight-bit weights cannot be trained: freeze the model first (requires_grad_(False))")
     for block in blocks_of(bare(model)):
         for parent in list(block.modules()):
+            layer: Any
             for name, layer in list(parent.named_children()):
-                kind = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}.get(type(layer))  # type: ignore[call-overload]
-                plain = kind is not None and getattr(layer, "padding_mode", "zeros") == "zeros"
-                if plain and layer.weight.numel() >= least_weights:
-                    setattr(parent, name, kind(layer))  # type: ignore[misc, operator]
+                kind = _KINDS.get(type(layer))
+                plain = getattr(layer, "padding_mode", "zeros") == "zeros"
+                if kind is not None and plain and layer.weight.numel() >= least_weights:
+                    setattr(parent, name, kind(layer))
     return model
 
 
