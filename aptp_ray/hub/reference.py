@@ -2,8 +2,8 @@
 
 Their layout: ``hypernet/`` (a linear map from prompt embeddings to logits) and ``quantizer/`` (the codes' logits), both
 diffusers ModelMixin folders whose config holds the ``structure`` of a vector; and one folder an expert with its vector of
-masks (``arch_vector*.pt``) and the weights of its pruned UNet. Tensors are read without running any pickled code, and every
-shape is compared with the teacher's before anything is written.
+masks (``arch_vector*.pt``) and, in it or in ``unet/`` below, the weights of its pruned UNet. Tensors are read without running
+any pickled code, and every shape is compared with the teacher's before anything is written.
 """
 
 from __future__ import annotations
@@ -227,12 +227,14 @@ def build_expert(teacher: Any, space: ArchitectureSpace, code: Tensor, folder: P
         teacher: UNet2DConditionModel on the meta device.
         space: its sites.
         code: bool [dim].
-        folder: with the weights.
+        folder: of the expert; the weights lie in it, or in its ``unet``.
 
     Raises:
         CheckpointError: if a weight is missing, left over, or of another shape.
     """
-    weights = {name: value for name, value in read_tensors(folder).items() if not _MASK_KEYS.search(name)}
+    inner = folder / "unet"
+    found = read_tensors(inner if inner.is_dir() else folder)
+    weights = {name: value for name, value in found.items() if not _MASK_KEYS.search(name)}
     pruned: PrunedUNet2DConditionModel = prune_unet(teacher, space.validate(code), space)
     expected = pruned.state_dict()
     wrong = sorted(expected.keys() ^ weights.keys())

@@ -1,8 +1,9 @@
 """The simulator of ``jobs/plan.py`` against the service that it stands for: the demo's, on this machine, under random arrivals.
 
-What the simulator is told is measured on the service itself: step times of each expert by batch, how much slower steps are while
-all cores are at work, what a request takes outside of its steps. No figure is fitted to the traces that it is judged by. With
-``--out`` all of it is kept as files that ``jobs/plan.py RUN_DIR OUT/fleet.yaml --trace OUT/trace-0.6.jsonl --deployed`` takes.
+What the simulator is told is measured on the service itself, beforehand: step times of each expert by batch while it is alone,
+what a request takes outside of its steps, and, from a backlog that saturates the service, how much slower steps are while all
+cores are at work. No figure is fitted to the traces that it is judged by. With ``--out`` all of it is kept as files that
+``jobs/plan.py RUN_DIR OUT/fleet.yaml --trace OUT/trace-0.6.jsonl --deployed`` takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from ray import serve
@@ -25,6 +27,7 @@ from aptp_ray.artifacts import RunDir, load_run
 from aptp_ray.config import Config
 from aptp_ray.core.batch_profile import BatchProfile, candidate_sizes, device_name
 from aptp_ray.plan.fleet import Fleet, load_fleet
+from aptp_ray.plan.simulate import Arrivals, Host, simulate
 from aptp_ray.plan.sources import models_of
 from aptp_ray.plan.trace import compare, read_trace
 from aptp_ray.serve.expert import Expert
@@ -42,6 +45,7 @@ _TRACE_S = 20.0
 _ROUNDS, _STEPS = 3, 20  # of the calibration: of every size, and of every image
 _BACKLOG, _BATCH = 96, 8  # the batch as in jobs/configs/openmoji.yaml
 _IDLE = 12  # requests, one after another
+_MOST_CROWDED = 3.0
 
 Say = Callable[[str], None]
 
@@ -53,7 +57,7 @@ class Calibration:
     Attributes:
         profiles: of each expert, by its deployment's name: whole steps of the engine, not the UNet's alone.
         lanes: experts that denoise at the same time (see ``serve/turns.py``).
-        crowding: time of a step while all lanes are at work over that of one alone.
+        crowding: time of a step while all lanes are at work over that of one alone; see :func:`crowding_of`.
         overhead_ms: of a request, outside of its steps.
         side_ms: CPU time of a request, outside of its steps.
         images_per_s: of the saturated service.
@@ -99,33 +103,34 @@ def measure(say: Say, run_dir: str | None = None, out: str | None = None) -> dic
 
 
 async def calibrate(address: str, run: RunDir, config: Config, say: Say) -> Calibration:
-    """Asks for images of one expert alone, of all experts at once, and of an idle service."""
+    """Asks for images of one expert alone, of an idle service, and for more at once than it can draw."""
     names = [f"expert-{entry['id']}" for entry in run.read_json("routing.json")["experts"]]
     lanes = max(1, (os.cpu_count() or 1) // config.serve.threads_per_expert)
     client = Client(address)
     await client.replay(backlog(8))
     profiles = await _profiles(client, names, say)
-    crowding = await _crowding(client, names, lanes, profiles)
     idle = await _idle(client)
     over = [a.seconds * 1000 - a.ask.steps * profiles[a.facts["model"]].step_ms(1) for a in idle]
     before = cpu_seconds()
     answers = await client.replay(backlog(_BACKLOG, first=8))
     after = cpu_seconds()
-    outside = sum(after[part] - before.get(part, 0.0) for part in after if part != "experts") / len(answers)
+    cpu = {part: 1000 * (after[part] - before.get(part, 0.0)) / len(answers) for part in after}
+    outside = sum(ms for part, ms in cpu.items() if part != "experts")
     # Texts are encoded while their request is in line; images are decoded beside the steps.
     inside = median(a.facts["queue_ms"] for a in idle) + median(a.facts["decode_ms"] for a in idle)
+    crowding = crowding_of(answers, profiles, lanes, (outside + inside) / 1000)
     found = Calibration(
         profiles=profiles,
         lanes=lanes,
         crowding=round(crowding, 3),
         overhead_ms=round(median(over), 2),
-        side_ms=round(1000 * outside + inside, 2),
+        side_ms=round(outside + inside, 2),
         images_per_s=len(answers) / max(answer.seconds for answer in answers),
     )
     say(
         f"{found.images_per_s:.2f} images/s; steps of {', '.join(f'{p.step_ms(1):.1f}' for p in profiles.values())} ms alone, "
         f"{found.crowding:.2f} times that with {lanes} at work; {found.overhead_ms:.0f} ms outside of the steps, of which "
-        f"{found.side_ms:.0f} ms of a core"
+        f"{found.side_ms:.0f} ms of a core; CPU ms of a request by part {({part: round(ms, 1) for part, ms in cpu.items()})}"
     )
     return found
 
@@ -156,25 +161,33 @@ async def _step_ms(client: Client, model: str, images: int, seed: int) -> float:
     return float((await client.post(GENERATE, body))["aptp"]["denoise_ms"]) / _STEPS
 
 
-async def _crowding(client: Client, names: Sequence[str], lanes: int, profiles: dict[str, BatchProfile]) -> float:
-    """Returns how many times longer steps take while as many experts are at work as there are lanes."""
-    if lanes == 1 or len(names) == 1:
+def crowding_of(answers: Sequence[Answer], profiles: dict[str, BatchProfile], lanes: int, errand_s: float) -> float:
+    """Returns how many times longer steps take while all cores are at work than alone, by what the saturated service did.
+
+    Experts at work share caches and the way to the memory, find the caches full of one another's weights, and cores may be two
+    threads of one. All that is one factor here: the one with which the simulator takes as long for the same requests.
+    """
+    if lanes == 1:  # the steps that were measured had all of it
         return 1.0
-    ratios = []
-    for number in range(_ROUNDS):
-        for at in range(len(names)):
-            together = [names[(at + other) % len(names)] for other in range(min(lanes, len(names)))]
-            for size in (1, 2):
-                found = await asyncio.gather(*(_step_ms(client, name, size, number) for name in together))
-                ratios += [ms / profiles[name].step_ms(size) for name, ms in zip(together, found, strict=True)]
-    return max(1.0, median(ratios))
+    names = list(profiles)
+    times = [tuple(profile.step_ms(n) / 1000 for n in range(1, profile.sizes[-1] + 1)) for profile in profiles.values()]
+    arrivals = Arrivals(
+        np.zeros(len(answers)),
+        np.array([names.index(answer.facts["model"]) for answer in answers]),
+        np.array([answer.ask.steps for answer in answers]),
+    )
+    took = max(answer.seconds for answer in answers)
+    low, high = 1.0, _MOST_CROWDED
+    for _ in range(12):
+        middle = (low + high) / 2
+        host = Host(tuple(range(len(names))), lanes, middle, errand_s, turns=True)
+        low, high = (middle, high) if simulate([host], times, arrivals).seconds < took else (low, middle)
+    return (low + high) / 2
 
 
 async def _idle(client: Client) -> list[Answer]:
-    found = []
-    for ask in backlog(3 * _IDLE)[:_IDLE]:
-        found += await client.replay([ask])
-    return found
+    """Asks for one image after another, with texts that are new to the service."""
+    return [(await client.replay([ask]))[0] for ask in backlog(_IDLE, first=8 + _BACKLOG)]
 
 
 async def replayed(address: str, rate: float, seed: int) -> list[Answer]:
@@ -193,6 +206,8 @@ def write_trace(path: Path, answers: Sequence[Answer]) -> None:
             "expert": answer.facts["expert"],
             "steps": answer.ask.steps,
             "latency_s": answer.seconds - answer.late,
+            # For people who look into it.
+            **{name: answer.facts[name] for name in ("queue_ms", "denoise_ms", "decode_ms", "batch_size")},
         }
         for answer in answers
     ]

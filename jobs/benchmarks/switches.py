@@ -51,7 +51,7 @@ REFERENCE = {
 OTHERS = {"no contrast": ["prune.weights.contrastive=0"], "hard masks in the UNet": ["prune.unet_masks=hard"]}
 HELD_OUT, BATCH = 512, 64
 _SIZES = ["data.source.train_images=4000", "data.source.validation_images=512", "tracking.mode=disabled", "prune.budget=0.5"]
-_SHARED = ["finetune.shared.steps=60", "finetune.shared.checkpoint_every_steps=60"]
+_STEPS = ["prune.loop.steps=120", "finetune.shared.steps=40", "finetune.shared.checkpoint_every_steps=40"]
 # Variants run side by side, one a core: that keeps all cores at work, and twenty runs in half the time.
 _ALONE = ["compute.workers=1", "compute.threads_per_worker=1"]
 
@@ -63,7 +63,7 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
     order = [name for name, _ in waiting]
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        common = [*_SIZES, *_SHARED, *_ALONE]
+        common = [*_SIZES, *_STEPS, *_ALONE]
         config = load_config(DEMO_CONFIG, [f"run_dir={folder}/encoded", *common])
         run = open_run(config)
         run.prepare(config)

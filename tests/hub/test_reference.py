@@ -115,14 +115,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         save_file(weights, published / name / "diffusion_pytorch_model.safetensors")
     vectors = []
     for k in range(EXPERTS):
-        folder = published / f"arch{k}" / "unet"
-        folder.mkdir(parents=True)
+        # As published, the vector beside the UNet's folder; and both in one.
+        folder = published / (f"arch{k}/checkpoint-30000" if k == 0 else f"arch{k}/unet")
+        unet_folder = folder / "unet" if k == 0 else folder
+        unet_folder.mkdir(parents=True)
         vector = torch.rand(1, length, generator=generator)
         for i in range(num_width):  # no width is empty: every second mask is open
             vector[0, i] = 0.9 if i % 2 == k else vector[0, i]
         vector[0, num_width:] = torch.tensor([0.1 if i == k else 0.8 for i in range(num_depth)])
         torch.save(vector, folder / "arch_vector.pt")
-        save_file(cut_by_hand(unet, our_code(unet, vector[0])), folder / "diffusion_pytorch_model.safetensors")
+        save_file(cut_by_hand(unet, our_code(unet, vector[0])), unet_folder / "diffusion_pytorch_model.safetensors")
         vectors.append(vector[0])
     return {"root": root, "unet": unet, "checkpoint": published, "vectors": vectors, "order": order, "tensors": tensors,
             "embedding": embedding, "heads": heads, "num_width": num_width, "names": names}  # fmt: skip
@@ -202,14 +204,15 @@ def test_a_checkpoint_of_something_else_is_refused(made: dict[str, Any], tmp_pat
         assert not (tmp_path / "run").exists()
 
     folder = broken("short")
-    torch.save(torch.ones(1, 7), folder / "arch0" / "unet" / "arch_vector.pt")
+    torch.save(torch.ones(1, 7), folder / "arch0" / "checkpoint-30000" / "arch_vector.pt")
     refuse(folder, "its structure says")
     folder = broken("pickle")
-    torch.save(Fraction(1, 2), folder / "arch0" / "unet" / "arch_vector.pt")  # an object, not a tensor: never built
+    torch.save(Fraction(1, 2), folder / "arch0" / "checkpoint-30000" / "arch_vector.pt")  # an object, not a tensor: never built
     refuse(folder, "(?i)weights.only", Exception)
     folder = broken("swapped")
-    (folder / "arch0" / "unet" / "arch_vector.pt").replace(folder / "a.pt")
-    shutil.copy(folder / "arch1" / "unet" / "arch_vector.pt", folder / "arch0" / "unet" / "arch_vector.pt")
+    first = folder / "arch0" / "checkpoint-30000" / "arch_vector.pt"
+    first.replace(folder / "a.pt")
+    shutil.copy(folder / "arch1" / "unet" / "arch_vector.pt", first)
     refuse(folder, "not those of its masks")
     folder = broken("gone")
     shutil.rmtree(folder / "arch1")
