@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Protocol
 
@@ -112,58 +113,60 @@ class Shared:
     """Engines on one device, which splits itself evenly among those at work: each has full speed while there are lanes for all.
 
     The processes of one GPU take turns on it. On a CPU, lanes are cores: as many engines step at a time as there are cores (see
-    ``serve/turns.py``), and what a request costs outside of its steps (an errand: HTTP, routing, texts, decoding) runs beside
-    them on the same cores.
+    ``serve/turns.py``), and a request's errands (HTTP, routing and its text before its steps, decoding and HTTP after them) run
+    beside them on the same cores.
     """
 
-    def __init__(self, lanes: int, crowding: float = 1.0, errand_s: float = 0.0, turns: bool = False) -> None:
+    def __init__(self, lanes: int, errand_s: float = 0.0, turns: bool = False, refill_s: float = 0.0) -> None:
         """Args:
         lanes: engines that run at full speed side by side.
-        crowding: time of a step while all lanes are at work over that of one alone.
-        errand_s: core seconds of a request outside of its steps.
+        errand_s: core seconds of a request outside of its steps, half of them before. Only what they take beyond that, because
+            cores are taken, counts for its latency: the rest is overhead, which is known apart.
         turns: engines take turns of a step each, so that one with longer steps gets more of the device; else of equal times.
+        refill_s: added to each step while engines alternate on the lanes, and find the caches full of one another's weights.
         """
         self.lanes = lanes
         self.at = 0.0
         self.working: list[Tenant] = []
         self.busy_s = 0.0
-        self._errand_s, self._turns = errand_s, turns
-        self._errands: deque[float] = deque()  # what is left of each; all go at one speed, so the first ends first
-        # By lanes at work, straight from 1 to the crowding of all of them.
-        self._slower = [1 + (crowding - 1) * max(0, busy - 1) / max(1, lanes - 1) for busy in range(lanes + 1)]
+        self.errand_s = errand_s
+        self._turns, self._refill_s = turns, refill_s
+        # All are of one size and go at one speed, so the first ends first: what is left, what it ends with.
+        self._errands: deque[tuple[float, Callable[[float], None]]] = deque()
+        self._passed = 0.0  # of every errand under way, counted on: an errand ends when this comes to its mark
 
-    def errand(self) -> None:
-        """A request has come: its errand begins."""
-        if self._errand_s:
-            self._errands.append(self._errand_s)
+    def errand(self, then: Callable[[float], None]) -> None:
+        """Begins half of a request's errands; ``then`` gets the time at which it is done."""
+        self._errands.append((self._passed + self.errand_s / 2, then))
 
     def _speeds(self) -> tuple[list[float], float]:
         """Returns how fast each engine goes, and errands."""
         engines = len(self.working)
         stepping = min(self.lanes, engines)
         threads = stepping + len(self._errands)
-        pace = min(1.0, self.lanes / threads) / self._slower[min(self.lanes, threads)]
-        if engines > self.lanes and self._turns:
-            return [pace * part for part in _rounds([tenant.step for tenant in self.working], self.lanes)], pace
-        return [pace * stepping / max(1, engines)] * engines, pace
+        pace = min(1.0, self.lanes / max(1, threads))
+        if engines <= self.lanes:
+            return [pace] * engines, pace
+        steps = [tenant.step + self._refill_s for tenant in self.working]
+        parts = _rounds(steps, self.lanes) if self._turns else [stepping / engines] * engines
+        return [pace * part * t.step / whole for part, t, whole in zip(parts, self.working, steps, strict=True)], pace
 
     def advance(self, now: float) -> None:
         working, errands = self.working, self._errands
         while working or errands:
             speeds, errand_speed = self._speeds()
-            first, seconds = -1, errands[0] / errand_speed if errands else math.inf
+            first, seconds = -1, (errands[0][0] - self._passed) / errand_speed if errands else math.inf
             for index, tenant in enumerate(working):
                 if tenant.left / speeds[index] <= seconds:
                     first, seconds = index, tenant.left / speeds[index]
             if self.at + seconds > now:
-                seconds = now - self.at
-                if seconds > 0:
-                    self._pass(seconds, speeds, errand_speed)
+                if now > self.at:
+                    self._pass(now - self.at, speeds, errand_speed)
                 break
             self._pass(seconds, speeds, errand_speed)
             self.at += seconds
             if first < 0:
-                errands.popleft()
+                errands.popleft()[1](self.at)
             else:
                 working[first].left = 0.0  # whatever rounding says
                 if not working[first].change(self.at):
@@ -173,11 +176,11 @@ class Shared:
 
     def _pass(self, seconds: float, speeds: list[float], errand_speed: float) -> None:
         """Takes off what is done in some time."""
+        seconds = max(0.0, seconds)
         self.busy_s += seconds
+        self._passed += seconds * errand_speed
         for tenant, speed in zip(self.working, speeds, strict=True):
             tenant.left = max(0.0, tenant.left - seconds * speed)
-        for index, left in enumerate(self._errands):
-            self._errands[index] = max(0.0, left - seconds * errand_speed)
 
 
 def _rounds(steps: list[float], lanes: int) -> list[float]:
@@ -215,13 +218,13 @@ class Tenant:
 
     def change(self, at: float) -> bool:
         """The batch has come to its next change; returns whether anything is left in it."""
-        batch, ledger = self._batch, self._ledger
+        batch = self._batch
         steps = self._until - self._done
         self.batch_steps += steps
         self.image_steps += steps * len(batch)
         self._done = self._until
         while batch and batch[0][0] == self._done:
-            ledger.finished[heappop(batch)[1]] = at
+            self._finish(heappop(batch)[1], at)
             self.load -= 1
         self._fill(at)
         return bool(batch)
@@ -237,10 +240,26 @@ class Tenant:
             self._until = batch[0][0]
             self.left = (self._until - self._done) * self.step
 
+    def _finish(self, request: int, at: float) -> None:
+        device, finished = self._device, self._ledger.finished
+        if not device.errand_s:
+            finished[request] = at
+            return
+
+        def sent(at: float) -> None:
+            finished[request] = at - device.errand_s
+
+        device.errand(sent)
+
     def arrive(self, request: int, now: float) -> None:
         self.load += 1
+        if self._device.errand_s:
+            self._device.errand(lambda at: self._enter(request, at))
+        else:
+            self._enter(request, now)
+
+    def _enter(self, request: int, now: float) -> None:
         self._line.append(request)
-        self._device.errand()
         if not self._batch:
             self._fill(now)
             self._device.working.append(self)

@@ -60,7 +60,7 @@ class Device(Section):
     memory_gb: float = Field(gt=0.0)
     cpus: float = Field(gt=0.0, description="logical CPUs that come with one")
     lanes: Positive = Field(1, description="replicas that it runs at full speed side by side: 1 for a GPU, its cores for a CPU")
-    crowding: float = Field(1.0, ge=1.0, description="time of a step while all lanes are at work over that of one alone")
+    refill_ms: float = Field(0.0, ge=0.0, description="added to a step while more replicas are at work than there are lanes")
     price_per_hour: float = Field(gt=0.0)
     available: Positive = Field(1, description="how many can be had")
     # -- how fast: measured, or estimated

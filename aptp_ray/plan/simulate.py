@@ -24,16 +24,16 @@ class Host:
     Attributes:
         tenants: number of the model of each replica on it.
         lanes: replicas that run at full speed side by side.
-        crowding: time of a step while all lanes are at work over that of one alone.
         errand_s: core seconds of a request outside of its steps, where they run on the same cores; see ``engines.Shared``.
         turns: whether replicas take turns of a step each, as on a CPU; else they get equal times.
+        refill_s: added to each step while more replicas are at work than there are lanes.
     """
 
     tenants: tuple[int, ...]
     lanes: int = 1
-    crowding: float = 1.0
     errand_s: float = 0.0
     turns: bool = False
+    refill_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def simulate(
         device.advance(math.inf)
     finished, admitted = np.array(ledger.finished), np.array(ledger.admitted)
     engines = [engine for pool in pools for engine in pool]
-    seconds = float(np.nanmax(finished) - arrivals.at[0]) if np.isfinite(finished).any() else 0.0
+    errands = max(host.errand_s for host in hosts)  # whose end is not counted to a request, unless it is held up
+    seconds = float(np.nanmax(finished) + errands - arrivals.at[0]) if np.isfinite(finished).any() else 0.0
     steps = sum(engine.batch_steps for engine in engines)
     return Outcome(
         arrivals,
@@ -173,7 +174,7 @@ def _build(hosts: Sequence[Host], times: Sequence[Times], ledger: Ledger) -> tup
             devices.append(alone)
             pools[host.tenants[0]].append(alone)
             continue
-        shared = Shared(host.lanes, host.crowding, host.errand_s, host.turns)
+        shared = Shared(host.lanes, host.errand_s, host.turns, host.refill_s)
         devices.append(shared)
         for model in host.tenants:
             pools[model].append(Tenant(times[model], ledger, shared))
@@ -220,7 +221,7 @@ def fleet_of(plan: Plan) -> tuple[list[Host], list[Times]]:
 def host_of(device: Device, tenants: Sequence[int], fleet: Fleet) -> Host:
     """Returns a device as the simulator takes it."""
     errand_s = 0.0 if device.gpu else fleet.replica.side_ms / 1000
-    return Host(tuple(tenants), device.lanes, device.crowding, errand_s, turns=not device.gpu)
+    return Host(tuple(tenants), device.lanes, errand_s, turns=not device.gpu, refill_s=device.refill_ms / 1000)
 
 
 def simulated_times(times: StepTimes, device: Device) -> Times:

@@ -1,9 +1,9 @@
 """The simulator of ``jobs/plan.py`` against the service that it stands for: the demo's, on this machine, under random arrivals.
 
 What the simulator is told is measured on the service itself, beforehand: step times of each expert by batch while it is alone,
-what a request takes outside of its steps, and, from a backlog that saturates the service, how much slower steps are while all
-cores are at work. No figure is fitted to the traces that it is judged by. With ``--out`` all of it is kept as files that
-``jobs/plan.py RUN_DIR OUT/fleet.yaml --trace OUT/trace-0.6.jsonl --deployed`` takes.
+what a request takes outside of its steps, and, from a backlog that saturates the service, how much longer steps are while experts
+alternate on the cores. No figure is fitted to the traces that it is judged by. With ``--out`` all of it is kept as files that
+``jobs/plan.py RUN_DIR OUT/fleet.yaml --trace OUT/trace-0.6-0.jsonl --deployed`` takes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ from cli import ray_session
 from plan import deployed
 
 _LOADS = (0.3, 0.6, 0.8)  # of the saturated service's requests per second
-_TRACE_S = 20.0
+# Medians of some traces a load: other tenants of the machine change its speed by more than what is to be shown.
+_TRACES, _TRACE_S = 3, 15.0
 _ROUNDS, _STEPS = 3, 20  # of the calibration: of every size, and of every image
 _BACKLOG, _BATCH = 96, 8  # the batch as in jobs/configs/openmoji.yaml
 _IDLE = 12  # requests, one after another
-_MOST_CROWDED = 3.0
+_MOST_REFILL_S = 0.2
 
 Say = Callable[[str], None]
 
@@ -57,7 +58,7 @@ class Calibration:
     Attributes:
         profiles: of each expert, by its deployment's name: whole steps of the engine, not the UNet's alone.
         lanes: experts that denoise at the same time (see ``serve/turns.py``).
-        crowding: time of a step while all lanes are at work over that of one alone; see :func:`crowding_of`.
+        refill_ms: of a step while more are at work; see :func:`refill_of`.
         overhead_ms: of a request, outside of its steps.
         side_ms: CPU time of a request, outside of its steps.
         images_per_s: of the saturated service.
@@ -65,7 +66,7 @@ class Calibration:
 
     profiles: dict[str, BatchProfile]
     lanes: int
-    crowding: float
+    refill_ms: float
     overhead_ms: float
     side_ms: float
     images_per_s: float
@@ -88,9 +89,10 @@ def measure(say: Say, run_dir: str | None = None, out: str | None = None) -> dic
             address = started(run, Expert, {"max_batch_size": _BATCH})
             try:
                 found = asyncio.run(calibrate(address, run, config, say))
-                for load in _LOADS:
-                    answers = asyncio.run(replayed(address, load * found.images_per_s, round(10 * load)))
-                    write_trace(kept / f"trace-{load}.jsonl", answers)
+                for number in range(_TRACES):
+                    for load in _LOADS:
+                        answers = asyncio.run(replayed(address, load * found.images_per_s, 10 * number + round(10 * load)))
+                        write_trace(kept / trace_name(load, number), answers)
             finally:
                 stop()
         fleet = write_fleet(kept, found)
@@ -118,18 +120,18 @@ async def calibrate(address: str, run: RunDir, config: Config, say: Say) -> Cali
     outside = sum(ms for part, ms in cpu.items() if part != "experts")
     # Texts are encoded while their request is in line; images are decoded beside the steps.
     inside = median(a.facts["queue_ms"] for a in idle) + median(a.facts["decode_ms"] for a in idle)
-    crowding = crowding_of(answers, profiles, lanes, (outside + inside) / 1000)
+    refill_s = refill_of(answers, profiles, lanes, (outside + inside) / 1000)
     found = Calibration(
         profiles=profiles,
         lanes=lanes,
-        crowding=round(crowding, 3),
+        refill_ms=round(1000 * refill_s, 2),
         overhead_ms=round(median(over), 2),
         side_ms=round(outside + inside, 2),
         images_per_s=len(answers) / max(answer.seconds for answer in answers),
     )
     say(
         f"{found.images_per_s:.2f} images/s; steps of {', '.join(f'{p.step_ms(1):.1f}' for p in profiles.values())} ms alone, "
-        f"{found.crowding:.2f} times that with {lanes} at work; {found.overhead_ms:.0f} ms outside of the steps, of which "
+        f"{found.refill_ms:.1f} more with over {lanes} at work; {found.overhead_ms:.0f} ms outside of the steps, of which "
         f"{found.side_ms:.0f} ms of a core; CPU ms of a request by part {({part: round(ms, 1) for part, ms in cpu.items()})}"
     )
     return found
@@ -161,14 +163,12 @@ async def _step_ms(client: Client, model: str, images: int, seed: int) -> float:
     return float((await client.post(GENERATE, body))["aptp"]["denoise_ms"]) / _STEPS
 
 
-def crowding_of(answers: Sequence[Answer], profiles: dict[str, BatchProfile], lanes: int, errand_s: float) -> float:
-    """Returns how many times longer steps take while all cores are at work than alone, by what the saturated service did.
+def refill_of(answers: Sequence[Answer], profiles: dict[str, BatchProfile], lanes: int, errand_s: float) -> float:
+    """Returns the seconds that are added to a step while more experts are at work than there are cores.
 
-    Experts at work share caches and the way to the memory, find the caches full of one another's weights, and cores may be two
-    threads of one. All that is one factor here: the one with which the simulator takes as long for the same requests.
+    Each then finds the caches full of another's weights and activations. What that costs is taken from a saturated service: the
+    simulator is to take as long for the same requests.
     """
-    if lanes == 1:  # the steps that were measured had all of it
-        return 1.0
     names = list(profiles)
     times = [tuple(profile.step_ms(n) / 1000 for n in range(1, profile.sizes[-1] + 1)) for profile in profiles.values()]
     arrivals = Arrivals(
@@ -177,10 +177,10 @@ def crowding_of(answers: Sequence[Answer], profiles: dict[str, BatchProfile], la
         np.array([answer.ask.steps for answer in answers]),
     )
     took = max(answer.seconds for answer in answers)
-    low, high = 1.0, _MOST_CROWDED
+    low, high = 0.0, _MOST_REFILL_S
     for _ in range(12):
         middle = (low + high) / 2
-        host = Host(tuple(range(len(names))), lanes, middle, errand_s, turns=True)
+        host = Host(tuple(range(len(names))), lanes, errand_s, turns=True, refill_s=middle)
         low, high = (middle, high) if simulate([host], times, arrivals).seconds < took else (low, middle)
     return (low + high) / 2
 
@@ -196,6 +196,11 @@ async def replayed(address: str, rate: float, seed: int) -> list[Answer]:
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def trace_name(load: float, number: int) -> str:
+    """Returns the name of a trace's file."""
+    return f"trace-{load}-{number}.jsonl"
 
 
 def write_trace(path: Path, answers: Sequence[Answer]) -> None:
@@ -224,7 +229,7 @@ def write_fleet(folder: Path, found: Calibration) -> Fleet:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "cpus": os.cpu_count() or 1,
         "lanes": found.lanes,
-        "crowding": found.crowding,
+        "refill_ms": found.refill_ms,
         "price_per_hour": 1.0,
         "profiles": {name: f"{name}.json" for name in found.profiles},
         "tflops": 1.0,  # of the teacher, which is not served
@@ -241,18 +246,19 @@ def write_fleet(folder: Path, found: Calibration) -> Fleet:
 
 
 def judged(folder: Path, fleet: Fleet, run: RunDir, config: Config, say: Say) -> dict[str, Any]:
-    """Simulates the traces in a folder; returns simulated over measured latencies by load."""
+    """Simulates the traces in a folder; returns simulated over measured latencies by load, medians of its traces."""
     models, teacher_macs = models_of(run, config, fleet)
     hosts, times = deployed(config, fleet, models, teacher_macs)
     figures: dict[str, Any] = {"simulated_vs_real_p50": {}, "simulated_vs_real_p95": {}, "traces": {}}
     for load in _LOADS:
-        trace = read_trace(folder / f"trace-{load}.jsonl")
-        found = compare(trace, hosts, times, overhead_s=fleet.replica.overhead_ms / 1000)
+        traces = [read_trace(folder / trace_name(load, number)) for number in range(_TRACES)]
+        found = [compare(trace, hosts, times, overhead_s=fleet.replica.overhead_ms / 1000) for trace in traces]
         figures["traces"][str(load)] = found
+        said = [f"load {load}: {', '.join(str(one['requests']) for one in found)} requests"]
         for name in ("p50", "p95"):
-            figures[f"simulated_vs_real_{name}"][str(load)] = found[f"{name}_ratio"]
-        say(
-            f"load {load}: {found['requests']} requests; p50 {found['p50_measured_s']:.3f} s, simulated "
-            f"{found['p50_simulated_s']:.3f}; p95 {found['p95_measured_s']:.3f} s, simulated {found['p95_simulated_s']:.3f}"
-        )
-    return figures | {"within_20_percent": all(found["within_20_percent"] for found in figures["traces"].values())}
+            figures[f"simulated_vs_real_{name}"][str(load)] = round(median(one[f"{name}_ratio"] for one in found), 4)
+            pairs = ", ".join(f"{one[f'{name}_simulated_s']:.2f} ({one[f'{name}_measured_s']:.2f})" for one in found)
+            said.append(f"{name} simulated (measured), s: {pairs}")
+        say("; ".join(said))
+    ratios = [ratio for name in ("p50", "p95") for ratio in figures[f"simulated_vs_real_{name}"].values()]
+    return figures | {"within_20_percent": all(abs(ratio - 1) <= 0.2 for ratio in ratios)}

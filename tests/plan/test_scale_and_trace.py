@@ -208,29 +208,28 @@ def test_on_a_cpu_what_is_done_beside_the_steps_is_no_part_of_them(run: RunDir, 
 
     fleet_of_file = load_fleet(fleet_file(tmp_path, memory_gb=5, side_ms=40))
     gpu = fleet_of_file.devices[0]
-    cpu = gpu.model_copy(update={"gpu": False, "lanes": 2, "crowding": 1.2})
+    cpu = gpu.model_copy(update={"gpu": False, "lanes": 2, "refill_ms": 9})
     found = step_times(Model("expert-0", 1.0, 0.5, 1.0), cpu, fleet_of_file, 10**11)
-    assert host_of(cpu, [0, 1], fleet_of_file) == Host((0, 1), 2, 1.2, 0.04, turns=True)
+    assert host_of(cpu, [0, 1], fleet_of_file) == Host((0, 1), 2, 0.04, turns=True, refill_s=0.009)
     assert host_of(gpu, [0], fleet_of_file) == Host((0,))
     # 40 ms over 25 steps for each image of the batch.
     beside = np.array(found.seconds) - np.array(simulated_times(found, cpu))
     assert beside == pytest.approx(0.0016 * np.arange(1, found.limit + 1)) and simulated_times(found, gpu) == found.seconds
 
 
-@pytest.mark.parametrize("crowding", [1.0, 1.3])
-def test_how_crowded_the_cores_were_is_found_from_a_saturated_service(crowding: float) -> None:
+@pytest.mark.parametrize("refill_s", [0.0, 0.02])
+def test_what_it_costs_to_alternate_is_found_from_a_saturated_service(refill_s: float) -> None:
     from aptp_ray.core.batch_profile import BatchProfile
     from benchmarks.serve_clients import Answer, Ask
-    from benchmarks.simulator import crowding_of
+    from benchmarks.simulator import refill_of
 
     profiles = {f"expert-{k}": BatchProfile("", (1, 8), (20.0 + k, 70.0), (1.0, 1.0)) for k in range(4)}
     times = [tuple(profile.step_ms(n) / 1000 for n in range(1, 9)) for profile in profiles.values()]
     draw = np.random.default_rng(5)
     arrivals = Arrivals(np.zeros(96), draw.integers(0, 4, 96), draw.choice([10, 20, 30], 96))
-    done = simulate([Host((0, 1, 2, 3), 2, crowding, 0.05, turns=True)], times, arrivals)
+    done = simulate([Host((0, 1, 2, 3), 2, 0.05, turns=True, refill_s=refill_s)], times, arrivals)
     answers = [
         Answer(Ask(0.0, "", int(steps), 0), float(seconds), 0.0, {"model": f"expert-{model}"})
         for model, steps, seconds in zip(arrivals.model, arrivals.steps, done.latency_s, strict=True)
     ]
-    assert crowding_of(answers, profiles, 2, 0.05) == pytest.approx(crowding, abs=0.01)
-    assert crowding_of(answers, profiles, 1, 0.05) == 1
+    assert refill_of(answers, profiles, 2, 0.05) == pytest.approx(refill_s, abs=0.001)

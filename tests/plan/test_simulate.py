@@ -181,18 +181,17 @@ def test_a_large_fleet_is_simulated_in_reasonable_time() -> None:
 # -- cores -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_errands_take_cores_from_steps_only_where_there_are_too_few() -> None:
-    arrivals = Arrivals(np.array([0.0, 0.0]), np.array([0, 1]), np.array([4, 4]))
-    times = [(1.0,), (1.0,)]
-    idle = simulate([Host((0, 1), lanes=4, errand_s=1.0)], times, arrivals)
-    assert idle.latency_s.tolist() == pytest.approx([4, 4])  # two engines and two errands on four cores
-    # Four threads on two cores until the errands are over at 2; each engine has by then done 1 of its 4 seconds.
-    busy = simulate([Host((0, 1), lanes=2, errand_s=1.0)], times, arrivals)
-    assert busy.latency_s.tolist() == pytest.approx([5, 5])
-    # Three engines take turns on two cores: six seconds of work for each errand's one, in all 3 x 4 + 3.
-    three = Arrivals(np.zeros(3), np.arange(3), np.full(3, 4))
-    turns = simulate([Host((0, 1, 2), lanes=2, errand_s=1.0)], [(1.0,)] * 3, three)
-    assert turns.latency_s.tolist() == pytest.approx([7.5] * 3) and turns.busy[0] == pytest.approx(1)
+def test_errands_take_cores_from_steps_and_steps_from_errands() -> None:
+    times = [(1.0,)] * 3
+    both = Arrivals(np.zeros(2), np.arange(2), np.full(2, 4))
+    # As long as there are cores for all, nobody waits, and errands are overhead.
+    assert simulate([Host((0, 1), lanes=2, errand_s=1.0)], times, both).latency_s.tolist() == pytest.approx([4, 4])
+    # On one core: both errands' first halves until 1; the engines in halves until 9; the second halves until 10.
+    one = simulate([Host((0, 1), errand_s=1.0)], times, both)
+    assert one.latency_s.tolist() == pytest.approx([9, 9]) and one.busy[0] == pytest.approx(1.0)
+    # The second comes while the first steps: until 3.5, its errand and the steps have half of the core each.
+    later = simulate([Host((0, 1), errand_s=1.0)], times, Arrivals(np.array([0.0, 2.5]), np.arange(2), np.array([4, 1])))
+    assert later.wait_s.tolist() == pytest.approx([0.5, 1.0])
 
 
 def test_engines_that_take_turns_get_time_by_their_steps() -> None:
@@ -207,10 +206,12 @@ def test_engines_that_take_turns_get_time_by_their_steps() -> None:
     assert found.latency_s.tolist() == pytest.approx([8, 8, 16])
 
 
-def test_crowded_cores_are_slower() -> None:
-    arrivals = Arrivals(np.array([0.0, 0.0]), np.array([0, 1]), np.array([2, 5]))
-    result = simulate([Host((0, 1), lanes=2, crowding=1.5)], [(1.0,), (1.0,)], arrivals)
-    assert result.latency_s.tolist() == pytest.approx([3, 6])  # both at two thirds until 3; then three steps alone
+def test_engines_that_alternate_refill_the_caches() -> None:
+    arrivals = Arrivals(np.zeros(2), np.arange(2), np.array([2, 4]))
+    result = simulate([Host((0, 1), turns=True, refill_s=0.5)], [(1.0,), (1.0,)], arrivals)
+    assert result.latency_s.tolist() == pytest.approx([6, 8])  # two rounds of 1.5 each; then two steps alone
+    enough = simulate([Host((0, 1), lanes=2, turns=True, refill_s=0.5)], [(1.0,), (1.0,)], arrivals)
+    assert enough.latency_s.tolist() == pytest.approx([2, 4])
 
 
 def test_an_engine_with_errands_is_one_with_less_of_a_core() -> None:
