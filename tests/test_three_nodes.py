@@ -157,7 +157,7 @@ def at_work(cluster: Cluster, run: RunDir, stage: str, work: str) -> Node:
         "finetune": (1, ("train", "expert-*", "checkpoint_*")),
     }
     count, pattern = left.get(stage, (0, ()))
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while True:
         # Looked at first, for it costs the store nothing.
         node = next((node for node in cluster.workers.values() if any(work in title for title in node.titles())), None)
@@ -285,9 +285,14 @@ def running(cluster: Cluster) -> dict[str, set[str]]:
     }
 
 
-def settled(cluster: Cluster) -> bool:
-    assert deployed(cluster).get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), deployed(cluster).get("message")
-    return deployed(cluster).get("status") == "RUNNING"
+def settle(cluster: Cluster, seconds: float) -> None:
+    """Waits until the application runs; says what its parts are at if it does not."""
+    deadline = time.monotonic() + seconds
+    while (found := deployed(cluster)).get("status") != "RUNNING":
+        parts = {name: (one["status"], one["message"]) for name, one in found.get("deployments", {}).items()}
+        failed = found.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline
+        assert not failed, f"{found.get('status')}: {found.get('message')} {parts}"
+        time.sleep(1)
 
 
 def test_its_service_scales_is_updated_without_a_failed_request_and_ends_clean(
@@ -301,7 +306,7 @@ def test_its_service_scales_is_updated_without_a_failed_request_and_ends_clean(
 
     answer = cluster.serve("deploy", str(file))
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    wait_for(lambda: settled(cluster), 240, "the service did not start")
+    settle(cluster, 480)
     address = f"http://127.0.0.1:{tree['http_options']['port']}"
     ready = httpx.get(f"{address}/ready", timeout=60)
     assert ready.status_code == 200, ready.text
@@ -325,7 +330,7 @@ def test_its_service_scales_is_updated_without_a_failed_request_and_ends_clean(
         wait_for(lambda: len(trickle.codes) > 5 or trickle.wrong, 60, "no answers")
         assert cluster.serve("deploy", str(file)).returncode == 0
         wait_for(lambda: all(not old[name] & ids and ids for name, ids in running(cluster).items()), 400, "not all was replaced")
-        wait_for(lambda: settled(cluster), 120, "the update did not settle")
+        settle(cluster, 120)
         after = len(trickle.codes) + 5
         wait_for(lambda: len(trickle.codes) > after or trickle.wrong, 120, "no answers after the update")
     assert not trickle.wrong and set(trickle.codes) == {200}, trickle.wrong[:3]

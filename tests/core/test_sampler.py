@@ -220,8 +220,11 @@ def test_loading_errors_name_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "Transformer2DModel"}')
     with pytest.raises(ValueError, match="Transformer2DModel"):
         load_unet(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"vae": ["os", "system"]}')
     (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text('{"vae": ["os", "system"]}')
+    with pytest.raises(ValueError, match="text encoders are"):
+        load_components(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"vae": ["os", "system"], "text_encoder": ["transformers", "CLIPTextModel"]}')
     with pytest.raises(ValueError, match="only classes of diffusers"):
         load_components(tmp_path)
     with pytest.raises(ValueError, match="NoSuchScheduler"):

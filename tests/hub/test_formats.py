@@ -75,7 +75,7 @@ def test_half_precision_and_the_job(run_dir: Path, tmp_path: Path) -> None:
     done = job("--expert", "0", "--format", "pt2", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.strip().splitlines()[-1])
-    assert line["experts"] == [0] and 0 < line["parity"] < 5e-2 and (tmp_path / "out" / "expert.pt2").is_file()
+    assert line["experts"] == [0] and line["parity"] < 5e-2 and (tmp_path / "out" / "expert.pt2").is_file()
     assert "licence" not in done.stderr
     refused = job("--format", "onnx")
     assert refused.returncode == 2 and "is of one expert (--expert)" in refused.stderr
