@@ -114,7 +114,7 @@ def random_pruning(
     return _open_by(scores, space, macs, budget, alignment, tolerance)
 
 
-def bk_sdm_blocks(unet: Any, variant: Literal["base", "small"] = "base") -> Tensor:
+def bk_sdm_blocks(space: ArchitectureSpace, variant: Literal["base", "small"] = "base") -> Tensor:
     """The blocks that BK-SDM removes (Kim et al., arXiv 2305.15798, section 3), as near as our sites can say it.
 
     BK-SDM-Base drops the second resnet-attention pair of every down block and the middle pair of every up block; Small
@@ -125,18 +125,19 @@ def bk_sdm_blocks(unet: Any, variant: Literal["base", "small"] = "base") -> Tens
     is what it is.
 
     Args:
-        unet: the teacher.
+        space: the layout of a UNet whose depth sites are whole modules.
         variant: "base" or "small".
 
     Returns:
         bool [dim].
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError: an unknown variant, a transformer, or depth sites that are single layers.
     """
     if variant not in ("base", "small"):
         raise ValueError(f"unknown BK-SDM variant {variant!r}; one of 'base', 'small'")
-    space = ArchitectureSpace.of(unet)
+    if any("transformer_blocks." in site.name for site in space.depth_sites):
+        raise ValueError("BK-SDM removes whole modules of a UNet: name a UNet teacher and router.depth=modules")
     code = space.full_code()
     code[space.num_width :] = False
     if variant == "small":

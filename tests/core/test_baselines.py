@@ -11,7 +11,7 @@ from aptp_ray.core.importance import Importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.prune import prune_unet
 from aptp_ray.core.space import ArchitectureSpace
-from tests.core.tiny import inputs_for, tiny_sd21, tiny_sdxl
+from tests.core.tiny import inputs_for, tiny_pixart, tiny_sd21, tiny_sdxl
 
 UNET = tiny_sd21()
 SPACE = ArchitectureSpace.of(UNET)
@@ -96,7 +96,7 @@ def test_bk_sdm_removes_blocks_and_leaves_a_unet_that_runs(make: Callable[[], to
     unet = make()
     space = ArchitectureSpace.of(unet)
     macs = MacsModel.measure(unet, (8, 8), 5, space)
-    base, small = bk_sdm_blocks(unet, "base"), bk_sdm_blocks(unet, "small")
+    base, small = bk_sdm_blocks(space, "base"), bk_sdm_blocks(space, "small")
     assert base[: space.num_width].all() and not base[space.num_width :].any()
     assert macs.floor < macs.exact(small) < macs.exact(base) < macs.total
     removed = (base & ~small).nonzero().flatten().tolist()
@@ -104,7 +104,13 @@ def test_bk_sdm_removes_blocks_and_leaves_a_unet_that_runs(make: Callable[[], to
     pruned = prune_unet(unet, small)
     assert pruned(**inputs_for(unet, batch=1, size=8)).sample.isfinite().all()
     with pytest.raises(ValueError, match="tiny"):
-        bk_sdm_blocks(unet, "tiny")  # type: ignore[arg-type]
+        bk_sdm_blocks(space, "tiny")  # type: ignore[arg-type]
+
+
+def test_bk_sdm_is_for_unets_cut_by_modules() -> None:
+    for space in (ArchitectureSpace.of(tiny_sdxl(), depth="layers"), ArchitectureSpace.of(tiny_pixart())):
+        with pytest.raises(ValueError, match="router.depth=modules"):
+            bk_sdm_blocks(space)
 
 
 def test_budget_out_of_reach_without_removing_blocks() -> None:

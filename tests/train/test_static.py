@@ -11,29 +11,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from aptp_ray.config import parse_config
+from aptp_ray.config import Config, parse_config
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.macs import MacsModel
+from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.train.static import static_code
-from tests.core.tiny import tiny_sd21
+from tests.core.tiny import tiny_pixart, tiny_sd21, tiny_sdxl
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ("ablation_greedy", "norm", "random", "block_removal")
+
+
+def config_of(rule: str, alignment: int = 8) -> Config:
+    return parse_config(
+        {
+            "run_dir": "x",
+            "data": {"source": {"kind": "openmoji"}},
+            "teacher": {"source": "x"},
+            "router": {"experts": 1, "alignment": alignment},
+            "prune": {"codes": rule, "budget": 0.7},
+        }
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_gives_a_code_at_the_budget(rule: str) -> None:
     gated = GatedUNet(tiny_sd21())
     macs = MacsModel.measure(gated.unet, (16, 16), 5)
-    config = parse_config(
-        {
-            "run_dir": "x",
-            "data": {"source": {"kind": "openmoji"}},
-            "teacher": {"source": "x"},
-            "router": {"experts": 1},
-            "prune": {"codes": rule, "budget": 0.7},
-        }
-    )
+    config = config_of(rule)
     score = torch.rand(macs.space.dim, generator=torch.Generator().manual_seed(0)).double() * macs.entry_macs()
     code = static_code(config, gated, macs, score)
     macs.space.validate(code.long())
@@ -44,6 +49,19 @@ def test_a_rule_gives_a_code_at_the_budget(rule: str) -> None:
     if rule == "ablation_greedy":
         lost = (score / macs.entry_macs())[~code]
         assert lost.median() < (score / macs.entry_macs())[code].median()
+
+
+@pytest.mark.parametrize("teacher", ["sdxl by layers", "transformer"])
+def test_rules_for_other_teachers(teacher: str) -> None:
+    space = ArchitectureSpace.of(tiny_sdxl(), depth="layers") if teacher == "sdxl by layers" else None
+    gated = GatedUNet(tiny_pixart() if space is None else tiny_sdxl(), space)
+    macs = MacsModel.measure(gated.unet, (16, 16), 5, space)
+    score = torch.rand(macs.space.dim, generator=torch.Generator().manual_seed(0)).double() * macs.entry_macs()
+    for rule in ("ablation_greedy", "norm", "random"):
+        code = static_code(config_of(rule, 1), gated, macs, score)
+        assert abs(macs.exact(code) / macs.total / 0.7 - 1) <= 0.005
+    with pytest.raises(ValueError, match="BK-SDM"):
+        static_code(config_of("block_removal"), gated, macs, None)
 
 
 @pytest.mark.slow
