@@ -33,11 +33,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 # Ray 2.60 would otherwise warn in every worker that it overrides the accelerators of CPU actors.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Seconds between two looks of Serve's controller at its replicas: its default of 0.1 takes a fiftieth of two cores (measured).
-os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
 
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config, UserError, load_config
+from aptp_ray.serve.environment import SERVE_ENVIRONMENT
+
+for _name, _value in SERVE_ENVIRONMENT.items():  # which Serve reads when it is first imported
+    os.environ.setdefault(_name, _value)
 
 _ROOT = Path(__file__).resolve().parent.parent
 DEMO_CONFIG = str(_ROOT / "jobs" / "configs" / "openmoji.yaml")

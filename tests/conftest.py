@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aptp_ray.serve.environment import SERVE_ENVIRONMENT
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each would wait for one another on two cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -37,11 +39,13 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with four logical CPUs whatever the machine has."""
     import ray
     import ray.data
+    import ray.serve  # before its settings: tests call handles from outside of an event loop, which one loop for all forbids
 
     # Workers inherit these. (A runtime_env would do too, but then Ray starts each worker anew instead of reusing them.)
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(SERVE_ENVIRONMENT)
     # Ray's workers are nice to the test by default, and starve beside it on two cores.
     os.environ["RAY_worker_niceness"] = "0"
     ray.init(

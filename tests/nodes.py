@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from aptp_ray.serve.environment import SERVE_ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parents[1]
 _BIN = Path(sys.executable).parent
 
@@ -126,7 +128,7 @@ class Cluster:
         self.folder, self.port, self.token = folder, free_port(), secrets.token_hex(16)
         self._gcs = free_port()
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.environment = kept | {
+        self.environment = kept | SERVE_ENVIRONMENT | {
             "PATH": f"{_BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from aptp_ray.config import load_config
+from aptp_ray.serve.environment import SERVE_ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLUSTERS = REPOSITORY / "clusters"
@@ -333,6 +334,12 @@ def test_the_image_is_small_runs_as_no_root_and_copies_what_exists() -> None:
     copied = {name for word, rest in steps if word == "COPY" for name in rest.split()[:-1] if not name.startswith("--")}
     assert copied == {"pyproject.toml", "README.md", "LICENSE", "NOTICE", "aptp_ray", "jobs"}
     assert copied - {"pyproject.toml", "README.md"} <= {path.name for path in REPOSITORY.iterdir()}
+
+
+def test_serves_processes_run_in_the_image_as_jobs_start_them() -> None:
+    text = re.sub(r"^ *#.*\n", "", (CLUSTERS / "Dockerfile").read_text(), flags=re.M)
+    told = dict(re.findall(r"(RAY_SERVE_\w+)=(\S+)", text))
+    assert told == SERVE_ENVIRONMENT
 
 
 def test_what_travels_with_a_job(tmp_path: Path) -> None:

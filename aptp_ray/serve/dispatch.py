@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -27,8 +28,9 @@ from aptp_ray.serve.spill import Load, place
 logger = logging.getLogger("ray.serve")
 
 # The replica died, is unreachable, or was stopped while it had the group: another one can do the same. (Serve wraps the
-# death of an actor behind a stream into its own exceptions, and a replica that is stopped by force cancels its tasks.)
-LOST = (RayActorError, RayServeException, TaskCancelledError)
+# death of an actor behind a stream into its own exceptions, and a replica that is stopped by force cancels its tasks. Where
+# replicas call each other by gRPC, a connection that breaks in the midst of a call comes out as gRPC's own error.)
+LOST = (RayActorError, RayServeException, TaskCancelledError, AioRpcError)
 _STATUS_PERIOD_S = 0.5
 _BACKOFF_S = 0.1
 _ALPHA = 0.2  # of a new step time in the running mean

@@ -1,0 +1,20 @@
+"""How Ray Serve's own processes run: environment variables that its controller, proxies and replicas read when they start.
+
+Serve works without them, more slowly: `jobs/cli.py` sets them where a job starts Ray itself, `clusters/Dockerfile` on every node
+of a cluster. Measured on two cores with the demo: a lone request's way through Serve takes 34 ms in place of 50, and an image's
+share of router, ingress and proxy 23 ms of CPU time in place of 29.
+"""
+
+from __future__ import annotations
+
+SERVE_ENVIRONMENT = {
+    # Seconds between two looks of the controller at its replicas: the default of 0.1 takes a fiftieth of two cores (measured).
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # One event loop in a replica, not three: ours do their long work in threads of their own.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Replicas call each other directly, not through Ray's tasks and object store.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # Ten images of 1024 x 1024 pixels are 30 MiB, and gRPC's own limit 4 MiB.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+}
