@@ -36,10 +36,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config, UserError, load_config
-from aptp_ray.serve.environment import SERVE_ENVIRONMENT
+from aptp_ray.serve.environment import for_driver, for_ray
 
-for _name, _value in SERVE_ENVIRONMENT.items():  # which Serve reads when it is first imported
-    os.environ.setdefault(_name, _value)
+for_driver()
 
 _ROOT = Path(__file__).resolve().parent.parent
 DEMO_CONFIG = str(_ROOT / "jobs" / "configs" / "openmoji.yaml")
@@ -101,14 +100,15 @@ def ray_session(config: Config) -> Any:
         # What the store has touched once stays resident until the session ends; Ray Data holds back, and spills, at its limit.
         memory = min(1 << 30, _memory() // 5)
         # Job scripts import their neighbours, and workers must be able to, too.
-        ray.init(
-            address="local",  # a cluster started on this machine for something else would refuse num_cpus
-            num_cpus=max(4, cores),
-            object_store_memory=memory,
-            include_dashboard=False,
-            log_to_driver=os.environ.get("APTP_WORKER_LOGS") == "1",
-            logging_level="warning",
-        )
+        with for_ray():
+            ray.init(
+                address="local",  # a cluster started on this machine for something else would refuse num_cpus
+                num_cpus=max(4, cores),
+                object_store_memory=memory,
+                include_dashboard=False,
+                log_to_driver=os.environ.get("APTP_WORKER_LOGS") == "1",
+                logging_level="warning",
+            )
     try:
         yield
     finally:

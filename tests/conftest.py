@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aptp_ray.serve.environment import SERVE_ENVIRONMENT
+from aptp_ray.serve.environment import for_ray
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads each would wait for one another on two cores
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -39,24 +39,23 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole session, with four logical CPUs whatever the machine has."""
     import ray
     import ray.data
-    import ray.serve  # before its settings: tests call handles from outside of an event loop, which one loop for all forbids
 
     # Workers inherit these. (A runtime_env would do too, but then Ray starts each worker anew instead of reusing them.)
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.update(SERVE_ENVIRONMENT)
     # Ray's workers are nice to the test by default, and starve beside it on two cores.
     os.environ["RAY_worker_niceness"] = "0"
-    ray.init(
-        address="local",  # not the cluster that another test, or its reader, may have started on this machine
-        num_cpus=4,
-        num_gpus=0,
-        object_store_memory=500_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with for_ray():
+        ray.init(
+            address="local",  # not the cluster that another test, or its reader, may have started on this machine
+            num_cpus=4,
+            num_gpus=0,
+            object_store_memory=500_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     with warnings.catch_warnings():  # Ray Data warns of its own deprecated fields when it first sets its defaults
         warnings.simplefilter("ignore", DeprecationWarning)
         ray.data.DataContext.get_current()

@@ -19,6 +19,7 @@ from aptp_ray.artifacts import load_run
 from aptp_ray.config import UserError
 from aptp_ray.serve.app import ServeArgs, build, read_catalog, serve_options
 from aptp_ray.serve.catalog import size_text
+from aptp_ray.serve.environment import for_ray
 
 logger = logging.getLogger("ray.serve")
 
@@ -70,7 +71,8 @@ def deploy(application: Application, host: str, port: int, *, timeout_s: float =
         ServeError: if the service does not become ready.
     """
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
+        with for_ray():
+            ray.init(logging_level=logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     serve.run(application, name=APP_NAME, route_prefix="/")
     reachable = "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host
