@@ -2,8 +2,9 @@
 
 What the simulator is told is measured on the service itself, beforehand: step times of each expert by batch while it is alone,
 what a request takes outside of its steps, and, from a backlog that saturates the service, how much longer steps are while experts
-alternate on the cores. No figure is fitted to the traces that it is judged by. With ``--out`` all of it is kept as files that
-``jobs/plan.py RUN_DIR OUT/fleet.yaml --trace OUT/trace-0.6-0.jsonl --deployed`` takes.
+alternate on the cores. A round measures, then replays a trace at each load: other tenants of a machine change its speed, from one
+ten minutes to the next by more than what is to be shown. No figure is fitted to the traces that it is judged by. With ``--out``
+all of it is kept as files that ``jobs/plan.py RUN_DIR OUT/0/fleet.yaml --trace OUT/0/trace-0.6.jsonl --deployed`` takes.
 """
 
 from __future__ import annotations
@@ -41,10 +42,9 @@ from cli import ray_session
 from plan import deployed
 
 _LOADS = (0.3, 0.6, 0.8)  # of the saturated service's requests per second
-# Medians of some traces a load: other tenants of the machine change its speed by more than what is to be shown.
-_TRACES, _TRACE_S = 3, 15.0
-_ROUNDS, _STEPS = 3, 20  # of the calibration: of every size, and of every image
-_BACKLOG, _BATCH = 96, 8  # the batch as in jobs/configs/openmoji.yaml
+_ROUNDS, _TRACE_S = 3, 15.0
+_REPEATS, _STEPS = 2, 20  # of the calibration: of every size, and of every image
+_BACKLOG, _BATCH = 64, 8  # the batch as in jobs/configs/openmoji.yaml
 _IDLE = 12  # requests, one after another
 _MOST_REFILL_S = 0.2
 
@@ -78,25 +78,27 @@ def measure(say: Say, run_dir: str | None = None, out: str | None = None) -> dic
     Args:
         say: writes a line for people.
         run_dir: a finished run of the demo; by default, one is cut from the shipped teacher.
-        out: folder to keep the fleet file, the profiles and the traces in.
+        out: folder to keep each round's fleet file, profiles and traces in.
     """
     os.environ["RAY_worker_niceness"] = "0"  # as for the topic serve
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(out or f"{folder}/out")
-        kept.mkdir(parents=True, exist_ok=True)
         run, config = load_run(run_dir if run_dir else cut_run(f"{folder}/run").uri)
+        rounds = [Path(out or f"{folder}/out") / str(number) for number in range(_ROUNDS)]
+        rate = 0.0
         with ray_session(config):
             address = started(run, Expert, {"max_batch_size": _BATCH})
             try:
-                found = asyncio.run(calibrate(address, run, config, say))
-                for number in range(_TRACES):
+                for number, kept in enumerate(rounds):
+                    kept.mkdir(parents=True, exist_ok=True)
+                    found = asyncio.run(calibrate(address, run, config, number, say))
+                    rate = rate or found.images_per_s
                     for load in _LOADS:
-                        answers = asyncio.run(replayed(address, load * found.images_per_s, 10 * number + round(10 * load)))
-                        write_trace(kept / trace_name(load, number), answers)
+                        answers = asyncio.run(replayed(address, load * rate, 10 * number + round(10 * load)))
+                        write_trace(kept / trace_name(load), answers)
+                    write_fleet(kept, found)
             finally:
                 stop()
-        fleet = write_fleet(kept, found)
-        figures = judged(kept, fleet, run, config, say)
+        figures = judged(rounds, run, config, say)
     scale = scaled(say)
     return figures | {"planner_s": planner_seconds(say), "simulated_requests_per_s": requests_per_second(say)} | scale
 
@@ -104,17 +106,17 @@ def measure(say: Say, run_dir: str | None = None, out: str | None = None) -> dic
 # -- the service ---------------------------------------------------------------------------------------------------------
 
 
-async def calibrate(address: str, run: RunDir, config: Config, say: Say) -> Calibration:
-    """Asks for images of one expert alone, of an idle service, and for more at once than it can draw."""
+async def calibrate(address: str, run: RunDir, config: Config, number: int, say: Say) -> Calibration:
+    """Asks for images of one expert alone, of an idle service, and for more at once than it can draw; other texts each round."""
     names = [f"expert-{entry['id']}" for entry in run.read_json("routing.json")["experts"]]
     lanes = max(1, (os.cpu_count() or 1) // config.serve.threads_per_expert)
-    client = Client(address)
-    await client.replay(backlog(8))
+    client, first = Client(address), number * (8 + _BACKLOG + _IDLE)
+    await client.replay(backlog(8, first=first))
     profiles = await _profiles(client, names, say)
-    idle = await _idle(client)
+    idle = await _idle(client, first + 8 + _BACKLOG)
     over = [a.seconds * 1000 - a.ask.steps * profiles[a.facts["model"]].step_ms(1) for a in idle]
     before = cpu_seconds()
-    answers = await client.replay(backlog(_BACKLOG, first=8))
+    answers = await client.replay(backlog(_BACKLOG, first=first + 8))
     after = cpu_seconds()
     cpu = {part: 1000 * (after[part] - before.get(part, 0.0)) / len(answers) for part in after}
     outside = sum(ms for part, ms in cpu.items() if part != "experts")
@@ -144,7 +146,7 @@ async def _profiles(client: Client, names: Sequence[str], say: Say) -> dict[str,
         handle = serve.get_deployment_handle(name, APP_NAME)
         (status,) = await handle.broadcast("status").results_async(timeout_s=30)
         times[name] = {size: [] for size in candidate_sizes(status["max_batch_size"])}
-    for number in range(_ROUNDS):  # round by round: the machine's speed changes from minute to minute
+    for number in range(_REPEATS):  # in turns: the machine's speed changes from minute to minute
         for name, sizes in times.items():
             for size, found in sizes.items():
                 found.append(await _step_ms(client, name, size, number))
@@ -185,9 +187,9 @@ def refill_of(answers: Sequence[Answer], profiles: dict[str, BatchProfile], lane
     return (low + high) / 2
 
 
-async def _idle(client: Client) -> list[Answer]:
+async def _idle(client: Client, first: int) -> list[Answer]:
     """Asks for one image after another, with texts that are new to the service."""
-    return [(await client.replay([ask]))[0] for ask in backlog(_IDLE, first=8 + _BACKLOG)]
+    return [(await client.replay([ask]))[0] for ask in backlog(_IDLE, first=first)]
 
 
 async def replayed(address: str, rate: float, seed: int) -> list[Answer]:
@@ -198,9 +200,9 @@ async def replayed(address: str, rate: float, seed: int) -> list[Answer]:
 # -- files ---------------------------------------------------------------------------------------------------------------
 
 
-def trace_name(load: float, number: int) -> str:
+def trace_name(load: float) -> str:
     """Returns the name of a trace's file."""
-    return f"trace-{load}-{number}.jsonl"
+    return f"trace-{load}.jsonl"
 
 
 def write_trace(path: Path, answers: Sequence[Answer]) -> None:
@@ -245,14 +247,19 @@ def write_fleet(folder: Path, found: Calibration) -> Fleet:
     return load_fleet(folder / "fleet.yaml")
 
 
-def judged(folder: Path, fleet: Fleet, run: RunDir, config: Config, say: Say) -> dict[str, Any]:
-    """Simulates the traces in a folder; returns simulated over measured latencies by load, medians of its traces."""
-    models, teacher_macs = models_of(run, config, fleet)
-    hosts, times = deployed(config, fleet, models, teacher_macs)
+def judged(rounds: Sequence[Path], run: RunDir, config: Config, say: Say) -> dict[str, Any]:
+    """Simulates traces by what was measured in their round; returns simulated over measured latencies by load, medians."""
     figures: dict[str, Any] = {"simulated_vs_real_p50": {}, "simulated_vs_real_p95": {}, "traces": {}}
+    fleets = [load_fleet(folder / "fleet.yaml") for folder in rounds]
+    machines = []
+    for fleet in fleets:
+        models, teacher_macs = models_of(run, config, fleet)
+        machines.append(deployed(config, fleet, models, teacher_macs))
     for load in _LOADS:
-        traces = [read_trace(folder / trace_name(load, number)) for number in range(_TRACES)]
-        found = [compare(trace, hosts, times, overhead_s=fleet.replica.overhead_ms / 1000) for trace in traces]
+        found = [
+            compare(read_trace(folder / trace_name(load)), hosts, times, overhead_s=fleet.replica.overhead_ms / 1000)
+            for folder, fleet, (hosts, times) in zip(rounds, fleets, machines, strict=True)
+        ]
         figures["traces"][str(load)] = found
         said = [f"load {load}: {', '.join(str(one['requests']) for one in found)} requests"]
         for name in ("p50", "p95"):
