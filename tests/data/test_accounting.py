@@ -209,6 +209,7 @@ def test_rejected_rows_are_listed_with_key_shard_and_reason(encoded: RunDir, pla
     assert "damaged" in damage or "cut" in damage or "truncated" in damage, damage
 
 
+@pytest.mark.slow
 def test_an_unreachable_shard_is_tried_again_until_the_run_ends(
     planted: Planted, pipeline_dir: Path, tmp_path: Path, ray_cluster: None
 ) -> None:

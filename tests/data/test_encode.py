@@ -297,6 +297,7 @@ def test_other_actors_give_the_same_bytes_and_splits_stand_side_by_side(
     assert _leftovers(again) == []
 
 
+@pytest.mark.slow
 def test_views_are_rows_of_their_own_and_light_rows_are_the_same_without_tensors(
     tmp_path: Path, shards: Shards, pipeline_dir: Path, ray_cluster: None
 ) -> None:

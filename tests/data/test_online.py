@@ -160,6 +160,7 @@ def remade(shards: Shards, folder: Path, **changed: list[tuple[str, bytes]]) -> 
     write_tar(folder / "00001.tar", members)
 
 
+@pytest.mark.slow
 def test_a_source_that_has_changed_is_an_error_that_names_shard_and_key(
     shards: Shards, pipeline_dir: Path, tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -142,6 +142,7 @@ def test_what_a_kill_can_leave_behind_is_swept(undisturbed: RunDir, pattern: str
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_changed_shard_and_other_encoders_are_done_again(
     undisturbed: RunDir, pattern: str, pipeline_dir: Path, tmp_path: Path
 ) -> None:
