@@ -29,10 +29,9 @@ def main() -> None:
         config = load(options)
         run = open_run(config)
         from aptp_ray.core.gates import GatedUNet
-        from aptp_ray.core.macs import MacsModel
         from aptp_ray.evaluate.needs import KindSamples, measure_needs
         from aptp_ray.train.draws import decode_encoded, training_columns
-        from aptp_ray.train.worker import fast_attention, load_teacher_model, noise_schedule, text_states_of
+        from aptp_ray.train.worker import fast_attention, load_with_costs, noise_schedule, text_states_of
 
         torch.set_num_threads(os.cpu_count() or 1)
         encoding = read_encoding(run, "encoded", "validation")
@@ -49,9 +48,8 @@ def main() -> None:
                 raise ConfigError(f"no validation row is of kind {kind!r}: --kinds takes {sorted(set(rows[schema.GROUP]))}")
             part = decode_encoded({name: rows[name][chosen] for name in columns[1:]}, encoding, text_states)
             kinds[kind] = KindSamples(torch.from_numpy(part["mean"]), part["text_states"])
-        unet = load_teacher_model(teacher)
-        macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.num_tokens)
-        gated = GatedUNet(fast_attention(unet, torch.device("cpu")).eval())
+        unet, macs = load_with_costs(teacher, encoding, config.router.depth)
+        gated = GatedUNet(fast_attention(unet, torch.device("cpu")).eval(), macs.space)
         bars: dict[str, Progress] = {}
 
         def progress(kind: str, done: int, total: int) -> None:

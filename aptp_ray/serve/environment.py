@@ -23,14 +23,12 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
 }
 
-_LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
-
 
 @contextmanager
 def for_ray() -> Iterator[None]:
     """Around ``ray.init``: Ray's processes inherit the variables, this one keeps its own. What the user has set, stays."""
     before = {name: os.environ.get(name) for name in SERVE_ENVIRONMENT}
-    os.environ.update({name: value for name, value in SERVE_ENVIRONMENT.items() if before[name] is None or name == _LOOP})
+    os.environ.update({name: value for name, value in SERVE_ENVIRONMENT.items() if before[name] is None})
     try:
         yield
     finally:
@@ -42,5 +40,8 @@ def for_ray() -> Iterator[None]:
 
 
 def for_driver() -> None:
-    """Before Serve is first imported in a process that deploys: it calls handles without an event loop of its own."""
-    os.environ[_LOOP] = "1"
+    """Before Serve is first imported in a process that deploys: it calls handles from outside of an event loop.
+
+    The image of ``clusters/Dockerfile`` says otherwise to all of its processes, this one too.
+    """
+    os.environ.pop("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aptp_ray.artifacts import RunDir, resolve_source
 from aptp_ray.config import Config, ConfigError
+from aptp_ray.core.baselines import bk_sdm_blocks
 from aptp_ray.core.budget import HardCodes
 from aptp_ray.core.collapse import largest_of_pairs, overlaps
 from aptp_ray.core.components import denoiser_config
@@ -35,7 +36,7 @@ from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
 from aptp_ray.train.watch import CodeWatch
-from aptp_ray.train.worker import Worker, fast_attention, load_teacher_model, noise_schedule, text_states_of, tuned
+from aptp_ray.train.worker import Worker, fast_attention, load_with_costs, noise_schedule, text_states_of, tuned
 
 # Prompts of each split that the job hands in: on the training split's, codes part and the transport's duals are fitted; the
 # validation split's weigh the hardened codes.
@@ -58,11 +59,9 @@ def prune_worker(settings: dict[str, Any]) -> None:
     teacher_dir = worker.run.local("teacher")
 
     # -- teacher, its prunable sites and their MACs -----------------------------------------------------------------------------
-    unet = load_teacher_model(teacher_dir)
-    space = ArchitectureSpace.of(unet, depth=config.router.depth)
-    macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.num_tokens, space=space)
+    unet, macs = load_with_costs(teacher_dir, encoding, config.router.depth)
     unet = tuned(fast_attention(unet, worker.place.device).to(worker.place.device), loop)
-    gated = GatedUNet(unet, space, gate_placement=spec.gate_placement)
+    gated = GatedUNet(unet, macs.space, gate_placement=spec.gate_placement)
     schedule = noise_schedule(teacher_dir)
     draws = Draws(loop.seed, "prune", loop.global_batch_size, encoding, len(schedule.alphas_cumprod))
 
@@ -155,10 +154,10 @@ def prune_worker(settings: dict[str, Any]) -> None:
 
 
 def check_budget(config: Config) -> None:
-    """Refuses a budget that no code can meet, from the teacher's config alone.
+    """Refuses a budget that no code can meet, and a rule for codes that does not fit the teacher, from its config alone.
 
     Raises:
-        ConfigError: with the range that is within reach.
+        ConfigError: with the range that is within reach, or what the rule is for.
     """
     teacher = config.teacher
     if teacher.unet is not None and teacher.unet.model is not None:
@@ -177,6 +176,11 @@ def check_budget(config: Config) -> None:
         unet = kind.from_config(shape)
     side = unet.config["sample_size"]
     space = ArchitectureSpace.of(unet, depth=config.router.depth)
+    if config.prune.codes == "block_removal":
+        try:
+            bk_sdm_blocks(space)
+        except ValueError as error:
+            raise ConfigError(f"prune.codes=block_removal: {error}") from error
     macs = MacsModel.measure(unet, latent_size=(side, side), num_tokens=teacher.max_tokens, space=space)
     smallest = binarize(torch.zeros(1, space.dim), space, config.router.alignment)
     floor = float(macs.ratio(smallest.double())[0])

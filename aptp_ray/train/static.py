@@ -15,12 +15,11 @@ from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.importance import Importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.randomness import keyed_generator
-from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.encoding import Encoding
 from aptp_ray.train.draws import decode_encoded
 from aptp_ray.train.launch import record_outcome
 from aptp_ray.train.prune import importance, new_router, prompt_embeddings, write_router
-from aptp_ray.train.worker import Worker, fast_attention, load_teacher_model, noise_schedule, text_states_of
+from aptp_ray.train.worker import Worker, fast_attention, load_with_costs, noise_schedule, text_states_of
 
 
 def static_worker(settings: dict[str, Any]) -> None:
@@ -32,10 +31,8 @@ def static_worker(settings: dict[str, Any]) -> None:
     worker = Worker.start(settings)
     encoding = Encoding.from_json(settings["encoding"])
     teacher_dir, device = worker.run.local("teacher"), worker.place.device
-    unet = load_teacher_model(teacher_dir)
-    space = ArchitectureSpace.of(unet, depth=worker.config.router.depth)
-    macs = MacsModel.measure(unet, latent_size=encoding.latent_shape[1:], num_tokens=encoding.num_tokens, space=space)
-    gated = GatedUNet(fast_attention(unet, device).to(device), space)
+    unet, macs = load_with_costs(teacher_dir, encoding, worker.config.router.depth)
+    gated = GatedUNet(fast_attention(unet, device).to(device), macs.space)
     score = None
     if worker.config.prune.codes == "ablation_greedy":
         samples = decode_encoded(ray.get(settings["samples"]), encoding, text_states_of(encoding, teacher_dir, device))

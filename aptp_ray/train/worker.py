@@ -18,6 +18,9 @@ from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, Loop
 from aptp_ray.core.backbones import Backbone
 from aptp_ray.core.components import denoiser_dir, load_backbone, load_text
+from aptp_ray.core.macs import MacsModel
+from aptp_ray.core.sites import DepthSites
+from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.encoding import Encoding
 from aptp_ray.tracking import Tracker, known_peak_tflops
 from aptp_ray.train.draws import TextStates
@@ -135,6 +138,13 @@ def tuned(unet: Any, loop: Loop) -> Any:
 def load_teacher_model(pipeline_dir: str) -> Any:
     """Loads the model of a pipeline that denoises, in float32."""
     return load_backbone(denoiser_dir(pipeline_dir))
+
+
+def load_with_costs(pipeline_dir: str, encoding: Encoding, depth: DepthSites) -> tuple[Any, MacsModel]:
+    """Loads the same model, with the MACs of its codes at the size that rows are encoded at; ``depth`` as ``router.depth``."""
+    model = load_teacher_model(pipeline_dir)
+    space = ArchitectureSpace.of(model, depth=depth)
+    return model, MacsModel.measure(model, latent_size=encoding.latent_shape[1:], num_tokens=encoding.num_tokens, space=space)
 
 
 def fast_attention(unet: Backbone, device: torch.device) -> Any:

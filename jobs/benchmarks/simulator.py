@@ -27,7 +27,7 @@ from ray import serve
 from aptp_ray.artifacts import RunDir, load_run
 from aptp_ray.config import Config
 from aptp_ray.core.batch_profile import BatchProfile, candidate_sizes, device_name
-from aptp_ray.plan.fleet import Fleet, load_fleet
+from aptp_ray.plan.fleet import load_fleet
 from aptp_ray.plan.simulate import Arrivals, Host, simulate
 from aptp_ray.plan.sources import models_of
 from aptp_ray.plan.trace import compare, read_trace
@@ -221,8 +221,8 @@ def write_trace(path: Path, answers: Sequence[Answer]) -> None:
     path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
 
 
-def write_fleet(folder: Path, found: Calibration) -> Fleet:
-    """Writes this machine as a fleet of one device; returns it."""
+def write_fleet(folder: Path, found: Calibration) -> None:
+    """Writes this machine as a fleet of one device."""
     for name, profile in found.profiles.items():
         (folder / f"{name}.json").write_text(profile.to_json(), encoding="utf-8")
     device = {
@@ -244,7 +244,6 @@ def write_fleet(folder: Path, found: Calibration) -> Fleet:
         "devices": [device],
     }
     (folder / "fleet.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    return load_fleet(folder / "fleet.yaml")
 
 
 def judged(rounds: Sequence[Path], run: RunDir, config: Config, say: Say) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from aptp_ray.config import Config, parse_config
+from aptp_ray.config import Config, ConfigError, parse_config
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.space import ArchitectureSpace
+from aptp_ray.train.prune import check_budget
 from aptp_ray.train.static import static_code
 from tests.core.tiny import tiny_pixart, tiny_sd21, tiny_sdxl
 
@@ -62,6 +63,15 @@ def test_rules_for_other_teachers(teacher: str) -> None:
         assert abs(macs.exact(code) / macs.total / 0.7 - 1) <= 0.005
     with pytest.raises(ValueError, match="BK-SDM"):
         static_code(config_of("block_removal"), gated, macs, None)
+
+
+def test_blocks_that_a_teacher_does_not_have_are_refused_before_any_work(tmp_path: Path) -> None:
+    tiny_pixart().save_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "PixArtTransformer2DModel"]}')
+    config = config_of("block_removal")
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"source": str(tmp_path)})})
+    with pytest.raises(ConfigError, match="prune.codes=block_removal.*router.depth=modules"):
+        check_budget(config)
 
 
 @pytest.mark.slow
