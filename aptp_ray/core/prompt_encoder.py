@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from aptp_ray.core.packed import can_pack, pack_linears
+
 # Token ids of this line tell tokenizers apart that share a vocabulary but not their normalisation.
 _PROBE = "An Écru-coloured teapot, 3/4 view -- “naïve” style; 日本 x²"
 
@@ -39,7 +41,7 @@ class PromptEncoder:
         max_length: int = 128,
         source: str | None = None,
     ) -> None:
-        """Wraps a loaded transformers encoder and its tokenizer; the model is frozen and moved.
+        """Wraps a loaded transformers encoder and its tokenizer; the model is frozen, moved, and on a CPU packed: it is ours now.
 
         Args:
             model: an encoder whose output has `last_hidden_state`.
@@ -62,6 +64,8 @@ class PromptEncoder:
         self.fingerprint = _fingerprint(model, tokenizer, max_length)
         self._tokenizer = tokenizer
         self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if can_pack(self._model):
+            pack_linears(self._model)
 
     @classmethod
     def from_pretrained(
