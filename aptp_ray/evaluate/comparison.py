@@ -17,8 +17,9 @@ _SCORES = {
     "inception_kid": "KID",
     "clip_score": "image-text score",
     "facts": "facts right",
+    "teacher_psnr": "likeness to the teacher, dB",
 }
-_PLOTTED = ("fid", "frechet", "clip_score", "facts")
+_PLOTTED = ("fid", "frechet", "clip_score", "facts", "teacher_psnr")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 520, 320, 62, 40, 16, 16
 # Shapes, not colors alone, tell systems apart in print and to the color-blind.
 _FORMS = ("circle", "square", "diamond", "triangle", "down", "bar")

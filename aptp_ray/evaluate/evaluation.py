@@ -19,6 +19,7 @@ from aptp_ray.evaluate.drawn_shards import Shard, plan, read_shard
 from aptp_ray.evaluate.encoders import Encoded, Encoders
 from aptp_ray.evaluate.generation import Drawn, artists, draw, missing
 from aptp_ray.evaluate.latency import measure_costs
+from aptp_ray.evaluate.likeness import errors_against
 from aptp_ray.evaluate.scores import HIGHER_IS_BETTER, Sample, parts_of, questions_of, replicated, scores_of
 from aptp_ray.evaluate.systems import Caption, Cast, Painter, cast_systems, read_captions
 
@@ -88,6 +89,7 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
     texts = None if encoders.image_text is None else encoders.image_text.texts([one.text for one in work.captions]).numpy()
     seen = {shard: encoders.encode(read_shard(run, shard), side) for shard in work.shards}
     places = {(shard.painter, caption.key): (shard, row) for shard in work.shards for row, caption in enumerate(shard.captions)}
+    errors = errors_against(run, work.shards, Painter(run.uri, None, config.sampling.num_inference_steps))
     counts = draws(len(work.captions), config.evaluation.replicates, seed=config.evaluation.seed)
     found: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
     systems = {}
@@ -96,7 +98,8 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
         facts = [one.facts for one in work.captions]
         order = list(cast.shares)
         weights = traffic_weights([order.index(painter) for painter in cast.painters], list(cast.shares.values()))
-        sample = Sample(encoded, encoders.answers(encoded, facts), weights)
+        wrong = [errors.get((painter, one.key)) for painter, one in zip(cast.painters, work.captions, strict=True)]
+        sample = Sample(encoded, encoders.answers(encoded, facts), weights, None if None in wrong else np.array(wrong))
         name = cast.system.name
         found[name] = replicated(scores_of(reference, sample, texts), counts, weights)
         systems[name] = {
@@ -184,10 +187,9 @@ def _parts(config: Config, reference: Encoded, sample: Sample, texts: np.ndarray
 def _differences(casts: Sequence[Cast], found: dict[str, dict[str, tuple[float, np.ndarray]]]) -> dict[str, Any]:
     """{score: {system: paired difference, system minus the run's own mixture}}."""
     own = next(cast.system.name for cast in casts if cast.system.kind == "mixture" and cast.system.run_dir is None)
-    return {
-        "against": own,
-        "scores": {score: differences({name: values[score] for name, values in found.items()}, own) for score in found[own]},
-    }
+    # The teacher has no likeness to itself.
+    of = {score: {name: values[score] for name, values in found.items() if score in values} for score in found[own]}
+    return {"against": own, "scores": {score: differences(values, own) for score, values in of.items()}}
 
 
 def _finite(value: Any) -> Any:

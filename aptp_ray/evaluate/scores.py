@@ -12,12 +12,13 @@ from aptp_ray.evaluate import distances
 from aptp_ray.evaluate.bootstrap import draws, estimate, replicate
 from aptp_ray.evaluate.distances import Score
 from aptp_ray.evaluate.encoders import Encoded
+from aptp_ray.evaluate.likeness import psnr_of
 
 # A distance between sets of which one has fewer images than this says more about their number than about them.
 LEAST_IMAGES = 50
 # Which way is better, for whoever sorts systems by a score.
-HIGHER_IS_BETTER = {"clip_score": True, "facts": True, "frechet": False, "kid": False, "cmmd": False, "fid": False,
-                    "inception_kid": False}  # fmt: skip
+HIGHER_IS_BETTER = {"clip_score": True, "facts": True, "teacher_psnr": True, "frechet": False, "kid": False, "cmmd": False,
+                    "fid": False, "inception_kid": False}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Sample:
         encoded: of the images.
         answers: n of {question: right}, from the heads.
         weights: [n] by which the images stand for the traffic.
+        errors: [n] squared errors against the teacher's images; None where the teacher drew nothing, or is the system.
     """
 
     encoded: Encoded
     answers: list[dict[str, bool]]
     weights: np.ndarray
+    errors: np.ndarray | None = None
 
 
 def scores_of(reference: Encoded, sample: Sample, texts: np.ndarray | None, rows: np.ndarray | None = None) -> dict[str, Score]:
@@ -46,12 +49,12 @@ def scores_of(reference: Encoded, sample: Sample, texts: np.ndarray | None, rows
 
     Returns:
         ``frechet`` and ``kid`` on the image-text model's features, ``cmmd`` and ``clip_score`` on its embeddings, ``facts``,
-        ``fid`` and ``inception_kid`` on Inception's features: those that can be had.
+        ``teacher_psnr``, ``fid`` and ``inception_kid`` on Inception's features: those that can be had.
     """
     rows = np.arange(len(sample.answers)) if rows is None else rows
     found: dict[str, Score] = {}
     enough = len(rows) >= LEAST_IMAGES
-    mine, theirs = sample.encoded, reference
+    mine, theirs, wrong = sample.encoded, reference, sample.errors
     if enough and mine.features is not None and theirs.features is not None:
         found["frechet"] = distances.frechet(theirs.features[rows], mine.features[rows])
         found["kid"] = distances.kid(theirs.features[rows], mine.features[rows])
@@ -63,6 +66,8 @@ def scores_of(reference: Encoded, sample: Sample, texts: np.ndarray | None, rows
     right = facts_of([sample.answers[row] for row in rows])
     if right is not None:
         found["facts"] = right
+    if wrong is not None:
+        found["teacher_psnr"] = psnr_of(wrong[rows])
     if enough and mine.inception is not None and theirs.inception is not None:
         found["fid"] = distances.frechet(theirs.inception[rows], mine.inception[rows])
         found["inception_kid"] = distances.kid(theirs.inception[rows], mine.inception[rows])

@@ -89,7 +89,8 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
             for stage in ("teacher", "encode"):
                 run_stage(stage, STAGE_FUNCTIONS[stage], config, run)
             # A task starts each run, because TorchTrainer.fit() needs the main thread of its process.
-            start, running = ray.remote(num_cpus=0, max_retries=0)(variant), {}
+            start = ray.remote(num_cpus=0, max_retries=0)(variant)
+            running: dict[Any, str] = {}
             while waiting or running:
                 while waiting and len(running) < (os.cpu_count() or 1):
                     name, options = waiting.pop(0)

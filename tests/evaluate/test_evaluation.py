@@ -126,6 +126,28 @@ def test_costs_and_scores_are_written(evaluated: tuple[Path, Work, dict[str, Any
     assert 0 < result["drawing"]["sampler_share"] <= 1
 
 
+def test_likeness_is_that_of_the_images_on_disk(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, result = evaluated
+    drawn: dict[tuple[str, str], np.ndarray] = {}
+    for file in (folder / "evaluation" / "images").rglob("*.tar"):
+        with tarfile.open(file) as archive:
+            for member in archive:
+                if member.name.endswith(".png") and (content := archive.extractfile(member)):
+                    drawn[file.parent.name, member.name[:-4]] = np.asarray(Image.open(content)) / 255.0
+    cast = next(cast for cast in work.casts if cast.system.name == "mixture")
+    errors = [
+        np.square(drawn[painter.name(str(folder)), one.key] - drawn["teacher-3", one.key]).mean()
+        for painter, one in zip(cast.painters, work.captions, strict=True)
+    ]
+    counts = [cast.painters.count(painter) for painter in cast.painters]
+    weights = [cast.shares[painter] / count for painter, count in zip(cast.painters, counts, strict=True)]
+    scores = {name: system["scores"] for name, system in result["systems"].items()}
+    expected = -10 * np.log10(np.average(errors, weights=weights))
+    assert scores["mixture"]["teacher_psnr"]["value"] == pytest.approx(expected)
+    assert "teacher_psnr" not in scores["teacher"] and "teacher_psnr" in scores["teacher-fewer-steps"]
+    assert "teacher" not in result["differences"]["scores"]["teacher_psnr"]
+
+
 def test_a_killed_drawing_goes_on_and_draws_the_same(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
     folder, work, result = evaluated
     assert result["drawing"]["found"] == len(work.shards[0].captions)
