@@ -35,6 +35,7 @@ from aptp_ray.train.feed import first_rows
 from aptp_ray.train.finetune import shared_worker
 from aptp_ray.train.launch import launch
 from aptp_ray.train.prune import prune_worker
+from aptp_ray.train.static import static_worker
 from aptp_ray.train.worker import fast_attention, noise_schedule
 from cli import DEMO_CONFIG, ray_session, run_stage
 from rows import reader_of
@@ -62,6 +63,20 @@ CHOICES = {
     "hard masks, a quarter of the contrast": [_HARD, "prune.weights.contrastive=0.25"],
     "hard masks, no contrast": [_HARD, "prune.weights.contrastive=0"],
 }
+# Is a mixture better than one code, at equal cost and after as many samples? From the shipped config, with no contrast.
+_SHIPPED, _ONE = ["prune.weights.contrastive=0"], ["router.experts=1"]
+_GREEDY = [*_ONE, "prune.codes=ablation_greedy"]
+_LESS = "prune.budget=0.4"
+MIXTURES = {
+    "one code": [*_SHIPPED, *_ONE],
+    "one code, second seed": [*_SHIPPED, *_ONE, "prune.loop.seed=1"],
+    "one code by ablation": _GREEDY,
+    "two codes": [*_SHIPPED, "router.experts=2"],
+    "eight codes": [*_SHIPPED, "router.experts=8"],
+    "four codes at 0.4": [*_SHIPPED, _LESS],
+    "one code at 0.4": [*_SHIPPED, *_ONE, _LESS],
+    "one code by ablation at 0.4": [*_GREEDY, _LESS],
+}
 START = "all departures, and contrast"
 HELD_OUT, BATCH = 512, 64
 VALIDATION = ("encoded", "validation")
@@ -77,7 +92,7 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
     joined = [option for name, options in REFERENCE.items() if name != "noise for each sample" for option in options]
     variants = {START: [], "all as the reference": joined, **REFERENCE, **CHOICES}
     again = {f"{name}, second seed": [*variants[name], "prune.loop.seed=1"] for name in (START, *CHOICES)}
-    waiting = list((variants | again).items())
+    waiting = list((variants | again | MIXTURES).items())
     order = [name for name, _ in waiting]
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +132,8 @@ def variant(changes: list[str], encoded: str) -> dict[str, float]:
     run.prepare(config)
     take_over(config, run, RunDir(encoded))
     launched = prune_run(config, run)
-    outcome = launch(prune_worker, config=config, run=run, name="prune", **launched)
+    worker = prune_worker if config.prune.codes == "learned" else static_worker
+    launch(worker, config=config, run=run, name="prune", **launched)
     router = PromptRouter.from_pretrained(run.local("router"))
     error, routed = masked_error(config, run, router)
     styles = [json.loads(row)["style"] for row in read_first(run, *VALIDATION, columns=[METADATA], rows=HELD_OUT)[METADATA]]
@@ -135,7 +151,7 @@ def variant(changes: list[str], encoded: str) -> dict[str, float]:
     return {
         "error": round(error, 5),
         "error_after_finetuning": round(shared["validation/distillation"], 5),
-        "macs_ratio": outcome["macs_ratio"],
+        "macs_ratio": round(run.read_json("routing.json")["macs_ratio"], 5),
         "style_information": round(normalized_mutual_information(styles, routed.tolist()), 3),
         "experts_in_use": round(perplexity(routed.bincount(minlength=router.num_codes)), 2),
         "largest_overlap": round(largest_of_pairs(overlaps(router.hard_codes)), 3),
