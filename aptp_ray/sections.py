@@ -163,6 +163,9 @@ class Router(Section):
     hidden: Positive = Field(256, description="width of the architecture predictor's hidden layer")
     tau: float = Field(0.4, gt=0.0, description="temperature of the relaxation")
     base: float = Field(3.0, description="offset of the relaxation")
+    depth_order: Literal["protected", "free"] = Field(
+        "protected", description="which blocks close first: inner before outer, as in the paper; free: any, by their own logits"
+    )
     epsilon: float = Field(0.3, gt=0.0, description="transport regularization; in which units, says relative_epsilon")
     relative_epsilon: bool = Field(
         True, description="epsilon counts in standard deviations of the similarity; false: absolute, as the reference's .05"

@@ -29,7 +29,7 @@ def main() -> None:
         config = load(options)
         run = open_run(config)
         from aptp_ray.core.gates import GatedUNet
-        from aptp_ray.evaluate.needs import KindSamples, measure_needs
+        from aptp_ray.evaluate.needs import NEEDS, KindSamples, measure_needs, water_filling
         from aptp_ray.train.draws import decode_encoded, training_columns
         from aptp_ray.train.worker import fast_attention, load_with_costs, noise_schedule, text_states_of
 
@@ -63,7 +63,11 @@ def main() -> None:
             importance_samples=options.samples,
             progress=progress,
         )
-        run.write_json(needs, "evaluation", "needs.json")
+        counts = {kind: int((rows[schema.GROUP] == kind).sum()) for kind in kinds}
+        shares = {kind: count / sum(counts.values()) for kind, count in counts.items()}
+        errors = {float(budget): found for budget, found in needs["error"].items()}
+        needs["water_filling"] = {str(at): water_filling(errors, shares, at) for at in (0.65, 0.5)}
+        run.write_json(needs, *NEEDS)
     say("rank correlation of importances between kinds (within a kind, between its halves):")
     for pair, value in needs["between"].items():
         a, b = pair.split(" | ")
@@ -71,6 +75,10 @@ def main() -> None:
     say("teacher-match error of one static code, by kind:")
     for budget, errors in needs["error"].items():
         say(f"  at {budget} of the MACs: " + ", ".join(f"{kind} {value:.4f}" for kind, value in errors.items()))
+    say("an expert for each kind, as large as evens out what a MAC buys, against all of one size:")
+    for budget, found in needs["water_filling"].items():
+        sizes = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in found["ratios"].items())
+        say(f"  at {budget}: {sizes}; error {found['unequal']:.5f} in place of {found['equal']:.5f}")
     finish({"run_dir": run.uri, "stage": "needs", "seconds": round(time.monotonic() - begun, 1), **needs})
 
 

@@ -62,6 +62,7 @@ class CodeRouter(nn.Module):
         predictor_gain: float = 0.1,
         tau: float = 0.4,
         base: float = 3.0,
+        ordered_depth: bool = True,
         centre: bool = True,
         duals: bool = True,
         mean_momentum: float = 0.9,
@@ -80,6 +81,7 @@ class CodeRouter(nn.Module):
             predictor_gain: standard deviation of e around `start_logits` over prompts at the start.
             tau: temperature of the relaxation.
             base: offset of the relaxation.
+            ordered_depth: whether blocks close in a fixed order, as in the paper, or any of them first.
             centre: whether each side of the similarity is centred by its running mean. Without it all embeddings look
                 alike, since the masks of any two of them share most entries.
             duals: whether `assign` adds the transport's dual potentials to the similarity; False takes the nearest code
@@ -93,7 +95,7 @@ class CodeRouter(nn.Module):
         self.space, self.macs = space, macs
         self.z_dim, self.hidden_dim, self.num_codes = z_dim, hidden_dim or z_dim, num_codes
         self.tau, self.base, self.centre, self.mean_momentum = tau, base, centre, mean_momentum
-        self.duals = duals
+        self.duals, self.ordered_depth = duals, ordered_depth
         start = torch.zeros(space.dim) if start_logits is None else start_logits.detach().float().cpu()
         if start.shape != (space.dim,):
             raise ValueError(f"start_logits must be [{space.dim}] as the space has entries, got {list(start.shape)}")
@@ -127,8 +129,11 @@ class CodeRouter(nn.Module):
         Returns:
             [..., dim], in the precision of `logits`.
         """
-        masks = relax(logits, self.space, noise=noise, tau=self.tau, base=self.base)
-        return self.space.effective(masks) * self._entry_weight.to(masks.dtype)
+        return self.space.effective(self.soft_masks(logits, noise)) * self._entry_weight.to(logits.dtype)
+
+    def soft_masks(self, logits: Tensor, noise: Tensor | float | None = None) -> Tensor:
+        """Soft masks [..., dim] of logits [..., dim], as this router's relaxation makes them."""
+        return relax(logits, self.space, noise=noise, tau=self.tau, base=self.base, ordered_depth=self.ordered_depth)
 
     def centred(self, features: Tensor, mean: Tensor) -> Tensor:
         """Features [..., dim] less a running mean [dim] (`mean_embedding` or `mean_codes`), made unit vectors."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aptp_ray.core.code_router import CodeRouter
 from aptp_ray.core.macs import MacsModel
-from aptp_ray.core.relaxation import GUMBEL_MEDIAN, binarize, relax
+from aptp_ray.core.relaxation import GUMBEL_MEDIAN, binarize
 
 # Embeddings nearer to their mean than this part of its length differ by less than 1e-6 of a cosine.
 LEAST_EMBEDDING_SPREAD = 1e-3
@@ -58,7 +58,7 @@ def code_statistics(router: CodeRouter, macs: MacsModel) -> CodeStatistics:
     Hard masks are those at the Gumbel's median, which half of the noisy masks exceed.
     """
     features = router.centred(router.features(router.codes.double()), router.mean_codes)  # [K, dim]
-    median = relax(router.codes.double(), router.space, noise=GUMBEL_MEDIAN, tau=router.tau, base=router.base)
+    median = router.soft_masks(router.codes.double(), GUMBEL_MEDIAN)
     hard = binarize(median, router.space)
     return CodeStatistics((features @ features.T).cpu(), overlaps(hard), macs.ratio(hard).cpu())
 

@@ -24,6 +24,7 @@ def harden_codes(
     alignment: int = 8,
     tolerance: float = 0.005,
     base: float = 3.0,
+    ordered_depth: bool = True,
 ) -> HardCodes:
     """Makes codes binary by their noise-free masks at the Gumbel's median, within the budget.
 
@@ -38,11 +39,12 @@ def harden_codes(
         alignment: channel counts become multiples of this (8 suits tensor cores).
         tolerance: largest relative distance of the mean from the budget.
         base: the relaxation's base.
+        ordered_depth: as in `openness`.
 
     Raises:
         ValueError: the budget is out of reach, or no combination of entries comes near enough.
     """
-    x = openness(logits.detach().double().cpu(), space) + base + GUMBEL_MEDIAN
+    x = openness(logits.detach().double().cpu(), space, ordered_depth=ordered_depth) + base + GUMBEL_MEDIAN
     return meet_budget(
         x, space, macs, budget=budget, shares=shares, alignment=alignment, tolerance=tolerance
     )
@@ -59,12 +61,13 @@ def start_logits(
     base: float = 3.0,
     spread: float = 1.5,
     draws: int = 256,
+    ordered_depth: bool = True,
 ) -> Tensor:
     """Logits of a code that starts at the budget, with what is worth its MACs most open.
 
     Importance per MAC spans orders of magnitude and may be slightly negative, so its *rank* over all entries is spread
     evenly over +-`spread`: masks then start neither saturated nor alike. Depth logits are those whose cumulative
-    softmax gives, in the protected order, the non-increasing sequence nearest to their ranks.
+    softmax gives, in the protected order, the non-increasing sequence nearest to their ranks; or the ranks themselves.
 
     Args:
         importance: [dim], the rise of the error when an entry closes.
@@ -76,6 +79,7 @@ def start_logits(
         base: the relaxation's base.
         spread: half the range of the ranks.
         draws: noisy codes that the mean is taken over.
+        ordered_depth: as in `openness`.
 
     Returns:
         float32 [dim].
@@ -90,11 +94,13 @@ def start_logits(
     noise = gumbel((draws, space.dim), generator).double()
 
     def logits_at(offset: float) -> Tensor:
+        if not ordered_depth:
+            return ranks + offset
         depth = _depth_logits(ranks[space.num_width :] + offset, space)
         return torch.cat([ranks[: space.num_width] + offset, depth])
 
     def mean_at(offset: float) -> float:
-        soft = relax(logits_at(offset), space, noise=noise, tau=tau, base=base)
+        soft = relax(logits_at(offset), space, noise=noise, tau=tau, base=base, ordered_depth=ordered_depth)
         return float(macs.ratio(binarize(soft, space)).mean())
 
     low, high = -base - spread - 12.0, spread + 12.0

@@ -27,7 +27,7 @@ from aptp_ray.core.losses import (
     prune_losses,
 )
 from aptp_ray.core.macs import MacsModel
-from aptp_ray.core.relaxation import relax, straight_through
+from aptp_ray.core.relaxation import straight_through
 from aptp_ray.core.running import BlockRecorder, run_unet
 from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, own_rows, prefer_lowest
 
@@ -207,7 +207,7 @@ class PruneObjective(nn.Module):
         return masks, ratios, code_features, stats
 
     def _masks(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        soft = relax(logits, self.router.space, noise=noise, tau=self.router.tau, base=self.router.base)
+        soft = self.router.soft_masks(logits, noise)
         return soft, straight_through(soft, self.router.space)
 
     def _ratio(self, soft: Tensor, hard: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def gumbel(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> T
     return -exponential.log()
 
 
-def openness(logits: Tensor, space: ArchitectureSpace) -> Tensor:
+def openness(logits: Tensor, space: ArchitectureSpace, *, ordered_depth: bool = True) -> Tensor:
     """Noise-free pre-activations: what `relax` adds offset, noise and base to.
 
     A width entry's is its logit. A depth entry's comes from the cumulative softmax over all depth entries in rank
@@ -37,13 +37,14 @@ def openness(logits: Tensor, space: ArchitectureSpace) -> Tensor:
     Args:
         logits: [..., dim].
         space: The layout.
+        ordered_depth: False: a depth entry's is its logit, too, so that any block may close first.
 
     Returns:
         [..., dim] in the same layout and dtype.
     """
     space.check(logits)
     width, depth = logits[..., : space.num_width], logits[..., space.num_width :]
-    if space.num_depth == 0:
+    if space.num_depth == 0 or not ordered_depth:
         return logits
     rank = torch.tensor(space.depth_rank, device=logits.device)
     # [..., num_depth] in rank order; accumulating rounding may leave the last sum a hair above 1
@@ -60,6 +61,7 @@ def relax(
     tau: float = 0.4,
     base: float = 3.0,
     offset: Tensor | float = 0.0,
+    ordered_depth: bool = True,
 ) -> Tensor:
     """Soft masks: `sigmoid((openness(logits) + offset + noise + base) / tau)`.
 
@@ -71,6 +73,7 @@ def relax(
         base: Added to all entries, so that zero logits start open.
         offset: Added to width logits, and to depths *after* their transform (softmax does not see a shift).
             A number, or a tensor that broadcasts to [..., dim].
+        ordered_depth: As in `openness`.
 
     Returns:
         [..., dim] in (0, 1).
@@ -80,7 +83,7 @@ def relax(
     """
     if tau <= 0.0:
         raise ValueError(f"tau={tau} must be positive; .4 is the paper's value")
-    x = openness(logits, space) + offset + base
+    x = openness(logits, space, ordered_depth=ordered_depth) + offset + base
     if noise is not None:
         x = x + noise
     return torch.sigmoid(x / tau)

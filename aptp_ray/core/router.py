@@ -95,6 +95,7 @@ class PromptRouter(CodeRouter):
             "format": "aptp_ray.router/1",
             "z_dim": self.z_dim, "hidden_dim": self.hidden_dim, "num_codes": self.num_codes,
             "tau": self.tau, "base": self.base, "centre": self.centre, "duals": self.duals,
+            "ordered_depth": self.ordered_depth,
             "mean_momentum": self.mean_momentum,
             "space": self.space.to_dict(), "macs": self.macs, "prompt_encoder": self._encoder_record,
         }  # fmt: skip

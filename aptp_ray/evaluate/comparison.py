@@ -154,6 +154,34 @@ def _mark(look: tuple[str, str], x: float, y: float) -> str:
     return f'<polygon class={kind} points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"/>'
 
 
+# -- needs ---------------------------------------------------------------------------------------------------------------
+
+
+def tailoring(needs: dict[str, Any]) -> str:
+    """Returns the section of ``evaluation/needs.json``: whether kinds of prompts need different parts of the teacher, or more."""
+    between = {tuple(pair.split(" | ")): value for pair, value in needs["between"].items()}
+    least, most = min(between, key=between.__getitem__), max(between, key=between.__getitem__)
+    halves = needs["within"].values()
+    note = (
+        "A mixture can win by which entries an expert keeps only where kinds of prompts need different ones. The rank "
+        f"correlation of importances between two kinds is {between[least]:.3f} ({' and '.join(map(escape, least))}) to "
+        f"{between[most]:.3f} ({' and '.join(map(escape, most))}); two measurements of one kind agree to {min(halves):.3f} to "
+        f"{max(halves):.3f}. It can win by how many only where a MAC buys more for one kind than for another: below, the "
+        "teacher-match error of one static code, not fine-tuned, by kind."
+    )
+    kinds = list(needs["within"])
+    rows = [[f"{float(at):.0%}", *(f"{errors[kind]:.5f}" for kind in kinds)] for at, errors in needs["error"].items()]
+    body = table(["MACs", *map(escape, kinds)], rows)
+    for at, found in needs.get("water_filling", {}).items():
+        sizes = ", ".join(f"{escape(kind)} {ratio:.0%}" for kind, ratio in found["ratios"].items())
+        body += (
+            f"<p class=note>An expert for each kind, sized so that a MAC buys the same, at a mean of {float(at):.0%}: {sizes}. "
+            f"That predicts an error of {found['unequal']:.5f} in place of {found['equal']:.5f} with equal sizes, before "
+            "fine-tuning.</p>"
+        )
+    return section("Is there anything to tailor?", note, body)
+
+
 # -- facts -----------------------------------------------------------------------------------------------------------------
 
 

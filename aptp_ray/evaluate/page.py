@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from aptp_ray.evaluate.comparison import comparison
+from aptp_ray.evaluate.comparison import comparison, tailoring
 from aptp_ray.evaluate.grid import expert_color
 from aptp_ray.evaluate.style import CSS
 from aptp_ray.evaluate.widgets import bar, dot, duration, inline, section, si, span
@@ -32,6 +32,7 @@ def render_page(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Imag
         _header(figures),
         section("Samples", _samples_note(figures), _samples(figures, pairs)),
         comparison(figures["evaluation"]) if figures.get("evaluation") else "",
+        tailoring(figures["needs"]) if figures.get("needs") else "",
         section("Experts", _experts_note(figures), _experts(figures)),
         section("What decides the route", _routing_note(figures), _routing(figures)),
         section("Where the compute goes", _sites_note(), _sites(figures)),

@@ -23,6 +23,7 @@ from aptp_ray.evaluate import measures
 from aptp_ray.evaluate.evaluation import SCORES
 from aptp_ray.evaluate.generate import Drawn, Sample, draw_samples
 from aptp_ray.evaluate.grid import expert_color, grid_of
+from aptp_ray.evaluate.needs import NEEDS
 from aptp_ray.evaluate.page import render_page
 
 # The column in which assigned/validation.parquet holds where a row's other captions are routed.
@@ -71,6 +72,7 @@ def build_report(config: Config, run: RunDir, prompts: Sequence[str] = ()) -> di
         "sampling": config.sampling.model_dump(mode="json") | {"resolution": config.data.resolution},
         # Of the same run, if jobs/evaluate.py has been there.
         "evaluation": run.read_json(*SCORES) if run.exists(*SCORES) else None,
+        "needs": run.read_json(*NEEDS) if run.exists(*NEEDS) else None,
         "stages": [
             {"name": name, "seconds": entry.get("seconds"), "finished_at": entry["finished_at"]}
             for name, entry in sorted(run.manifest()["stages"].items(), key=lambda item: item[1]["finished_at"])

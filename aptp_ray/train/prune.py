@@ -203,6 +203,7 @@ def new_router(
         generator=keyed_generator(config.prune.loop.seed, "start"),
         tau=config.router.tau,
         base=config.router.base,
+        ordered_depth=config.router.depth_order == "protected",
     )
     router = PromptRouter(
         space,
@@ -213,6 +214,7 @@ def new_router(
         start_logits=start,
         tau=config.router.tau,
         base=config.router.base,
+        ordered_depth=config.router.depth_order == "protected",
         centre=config.router.centre,
         duals=config.router.duals,
         macs=macs.to_dict(),
@@ -274,6 +276,7 @@ def harden(config: Config, router: PromptRouter, macs: MacsModel, validation: Te
         shares=shares,
         alignment=config.router.alignment,
         base=config.router.base,
+        ordered_depth=router.ordered_depth,
     )
     router.set_hard_codes(hard.codes)
     return hard, shares

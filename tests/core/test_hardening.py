@@ -7,7 +7,9 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata
 from torch import Tensor
 
+from aptp_ray.core.baselines import ablation_greedy
 from aptp_ray.core.hardening import average_rank, harden_codes, meet_budget, start_logits
+from aptp_ray.core.importance import Importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.relaxation import binarize, gumbel, openness, relax
 from aptp_ray.core.space import ArchitectureSpace
@@ -121,6 +123,21 @@ def test_start_depths_are_the_nearest_that_the_protected_order_allows() -> None:
     assert (np.diff(actual) < 0).all()
     # Plateaus are tilted by the least softmax mass that every depth entry keeps, 1e-3 of a probability.
     np.testing.assert_allclose(actual[1:], expected[1:], atol=0.25)
+
+
+def test_free_depths_start_at_their_own_rank_and_harden_to_the_static_code() -> None:
+    generator = torch.Generator().manual_seed(4)
+    importance = torch.rand(SPACE.dim, generator=generator).double() * MACS.entry_macs() ** 2
+    logits = start_logits(importance, MACS, SPACE, budget=0.65, generator=generator, ordered_depth=False)
+    per_mac = importance / MACS.entry_macs()
+    assert (logits[per_mac.argsort()].diff() >= 0).all()  # depths among the widths
+    noise = gumbel((400, SPACE.dim), torch.Generator().manual_seed(9))
+    ratio = float(MACS.ratio(binarize(relax(logits, SPACE, noise=noise, ordered_depth=False), SPACE)).mean())
+    assert abs(ratio / 0.65 - 1) < 0.01
+    hard = harden_codes(logits[None], SPACE, MACS, budget=0.65, alignment=1, ordered_depth=False)
+    static = ablation_greedy(SPACE, MACS, 0.65, importance=Importance(importance, MACS.entry_macs().double()), alignment=1)
+    assert not static[SPACE.num_width :].all()  # whole blocks went
+    assert float((hard.codes[0] == static).double().mean()) > 0.98
 
 
 def test_average_rank_is_scipys() -> None:

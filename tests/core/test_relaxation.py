@@ -62,6 +62,13 @@ def test_protected_depths_never_close_before_others(space: ArchitectureSpace) ->
         assert float(ranked[0]) > 10  # p = 1
 
 
+def test_free_depths_are_their_own_logits(space: ArchitectureSpace) -> None:
+    logits = torch.randn(3, space.dim, generator=_generator(1), dtype=torch.float64)
+    assert openness(logits, space, ordered_depth=False) is logits
+    soft = relax(logits, space, noise=0.2, tau=0.7, base=1.0, ordered_depth=False)
+    torch.testing.assert_close(soft, torch.sigmoid((logits + 1.2) / 0.7))
+
+
 def test_offset_moves_depths_although_softmax_does_not_see_shifts(space: ArchitectureSpace) -> None:
     logits = torch.randn(2, space.dim, generator=_generator(), dtype=torch.float64)
     shifted = logits.clone()

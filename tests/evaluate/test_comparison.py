@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aptp_ray.evaluate.comparison import comparison
+from aptp_ray.evaluate.comparison import comparison, tailoring
 
 SYSTEMS = {"mixture": (0.65, 20.0), "teacher": (1.0, 23.0), "static <one>": (0.65, 26.0), "blocks": (0.8, 41.0)}
 
@@ -80,3 +80,17 @@ def test_scores_that_could_not_be_estimated_are_left_out_of_the_plot(scores: dic
     scores["systems"]["blocks"]["scores"]["frechet"] = {"value": None, "low": None, "high": None}
     page = comparison(scores)
     assert "not a number" in page and "blocks: Frechet" not in page and "blocks: image-text" in page
+
+
+def test_what_could_be_tailored_is_told_with_its_gain() -> None:
+    page = tailoring(
+        {
+            "between": {"a | <b>": 0.91, "a | c": 0.98, "<b> | c": 0.97},
+            "within": {"a": 0.985, "<b>": 0.99, "c": 0.994},
+            "error": {"0.65": {"a": 0.001, "<b>": 0.002, "c": 0.003}, "0.5": {"a": 0.01, "<b>": 0.02, "c": 0.05}},
+            "water_filling": {"0.5": {"ratios": {"a": 0.45, "<b>": 0.5, "c": 0.56}, "equal": 0.0267, "unequal": 0.0215}},
+        }
+    )
+    assert "0.910 (a and &lt;b&gt;) to 0.980 (a and c)" in page and "0.985 to 0.994" in page
+    assert "<th>&lt;b&gt;</th>" in page and "<td class=name>50%</td><td>0.01000</td>" in page
+    assert "c 56%" in page and "0.02150 in place of 0.02670" in page
