@@ -210,6 +210,10 @@ class Prune(Section):
     start: Literal["importance", "zeros"] = Field(
         "importance", description="codes start from measured importance, at the budget; zeros: from zero logits (reference)"
     )
+    hardening: Literal["masks", "needs"] = Field(
+        "masks", description="how codes become binary; masks: by what they learned; needs: entries by importance per MAC, each "
+        "code as large as its own prompts' measured error asks for"
+    )
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0, description="first part of the steps, in which e itself is the code")
     importance_samples: Positive = Field(8, description="noised samples by which each entry's closing is judged")
     importance_batch: Annotated[Positive, HOW] = Field(128, description="rows of one such forward")

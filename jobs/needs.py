@@ -29,7 +29,8 @@ def main() -> None:
         config = load(options)
         run = open_run(config)
         from aptp_ray.core.gates import GatedUNet
-        from aptp_ray.evaluate.needs import NEEDS, KindSamples, measure_needs, water_filling
+        from aptp_ray.core.sizes import water_filling
+        from aptp_ray.evaluate.needs import NEEDS, KindSamples, measure_needs
         from aptp_ray.train.draws import decode_encoded, training_columns
         from aptp_ray.train.worker import fast_attention, load_with_costs, noise_schedule, text_states_of
 

@@ -97,6 +97,7 @@ def prune_run(config: Config, run: RunDir) -> dict[str, Any]:
     from aptp_ray.data.encoded import read_first
     from aptp_ray.train.feed import first_rows
     from aptp_ray.train.prune import ROUTING_PROMPTS
+    from aptp_ray.train.sizes import ROWS as NEEDS_ROWS
 
     encoding = checked_encoding(config, run, ("encoded", "train"), ("encoded", "validation"))
     prompts = {
@@ -105,6 +106,7 @@ def prune_run(config: Config, run: RunDir) -> dict[str, Any]:
     }
     rows = reader_of(config, run, "encoded", "train", embedding=True)
     samples = first_rows(rows, config.prune.importance_samples)
+    needs = {"needs": ray.put(first_rows(rows, NEEDS_ROWS))} if config.prune.hardening == "needs" else {}
     return {
         "loop": config.prune.loop,
         "rows": rows,
@@ -114,6 +116,7 @@ def prune_run(config: Config, run: RunDir) -> dict[str, Any]:
             "samples": ray.put(samples),
             "prompts": ray.put(prompts["train"]),
             "validation_prompts": ray.put(prompts["validation"]),
+            **needs,
         },
     }
 

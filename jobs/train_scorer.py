@@ -65,6 +65,7 @@ def main() -> None:
 def train(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains, measures on held-out combinations, and writes ``scorer/``."""
     from aptp_ray.evaluate.contrastive import Trainer, save_scorer
+    from aptp_ray.evaluate.evaluation import device_of
     from aptp_ray.evaluate.facts import head_classes
     from aptp_ray.evaluate.heads import fit_heads
     from aptp_ray.evaluate.image_text import ImageTextModel
@@ -76,7 +77,7 @@ def train(config: Config, run: RunDir) -> dict[str, Any]:
     rows, held = (captioned_images(config, run, split) for split in ("train", "validation"))
     say(f"scorer: {len(rows)} training images, {len(held)} for validation")
     classes = head_classes(rows.facts)
-    trainer = Trainer(rows, classes, settings, Path(run.path("scorer_state")))
+    trainer = Trainer(rows, classes, settings, Path(run.path("scorer_state")), device=device_of(config))
     bar = Progress("scorer", settings.steps, start=trainer.step)
 
     def report(step: int, losses: dict[str, float]) -> None:

@@ -138,14 +138,22 @@ class Trainer:
         model: what learns; :meth:`averaged` is what is kept.
     """
 
-    def __init__(self, rows: CaptionedImages, classes: dict[str, list[str]], settings: ScorerTraining, state_dir: Path) -> None:
-        """Begins a training, or opens the one that ``state_dir`` holds.
+    def __init__(
+        self,
+        rows: CaptionedImages,
+        classes: dict[str, list[str]],
+        settings: ScorerTraining,
+        state_dir: Path,
+        *,
+        device: str = "cpu",
+    ) -> None:
+        """Begins a training on ``device``, or opens the one that ``state_dir`` holds.
 
         Raises:
             ValueError: if that one has other settings.
         """
         self.settings, self.step = settings, 0
-        self._rows = rows
+        self._rows, self._device = rows, torch.device(device)
         self._state_dir = state_dir
         going_on = (state_dir / "state.json").is_file()
         if going_on:
@@ -157,7 +165,7 @@ class Trainer:
             self.tokenizer = make_tokenizer(texts, settings.vocabulary, settings.max_tokens)
         self.model = make_model(settings, len(self.tokenizer))
         self.heads = Heads(self.model.config.vision_config.hidden_size, classes)
-        self._modules = nn.ModuleDict({"model": self.model, "heads": self.heads})
+        self._modules = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(self._device)
         self._average = {name: value.clone() for name, value in self._modules.state_dict().items()}
         decayed = [p for p in self._modules.parameters() if p.ndim > 1]
         others = [p for p in self._modules.parameters() if p.ndim <= 1]
@@ -165,8 +173,8 @@ class Trainer:
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=settings.lr, betas=(0.9, 0.98),
         )  # fmt: skip
-        self._owners = torch.tensor(numbered(rows.facts))
-        self._targets = targets_of(classes, rows.facts)
+        self._owners = torch.tensor(numbered(rows.facts), device=self._device)
+        self._targets = {name: target.to(self._device) for name, target in targets_of(classes, rows.facts).items()}
         by_subject: dict[str, list[int]] = {}
         for index, one in enumerate(rows.facts):
             by_subject.setdefault(one.subjects[0], []).append(index)
@@ -193,16 +201,17 @@ class Trainer:
         settings = self.settings
         generator = keyed_generator(settings.seed, "scorer", self.step)
         rows = self._draw(generator)
-        pixels = augmented(torch.from_numpy(self._rows.images[rows.numpy()]), generator)
+        pixels = augmented(torch.from_numpy(self._rows.images[rows.numpy()]), generator).to(self._device)
         picks = torch.rand(len(rows), generator=generator).tolist()
         texts = [(c := self._rows.captions[row])[int(pick * len(c))] for row, pick in zip(rows.tolist(), picks, strict=True)]
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=settings.max_tokens, return_tensors="pt", return_token_type_ids=False
-        )
+        ).to(self._device)
+        rows = rows.to(self._device)
         rate = self._rate()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # twice as fast on CPUs that know it
+        with torch.autocast(self._device.type, dtype=torch.bfloat16):  # twice as fast, also on CPUs that know it
             features = self.model.vision_model(pixel_values=pixels).pooler_output
             image = self.model.visual_projection(features)
             pooled = self.model.text_model(**tokens).pooler_output
@@ -266,7 +275,7 @@ class Trainer:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
         self._modules.load_state_dict(part("now."))
-        self._average = part("average.")
+        self._average = {name: value.to(self._device) for name, value in part("average.").items()}
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in part("optimizer.").items():
             index, _, key = name.partition(".")

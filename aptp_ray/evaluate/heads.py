@@ -111,7 +111,7 @@ def targets_of(classes: dict[str, list[str]], facts: Sequence[Facts]) -> dict[st
 
 def facts_loss(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
     """Sum over heads of the cross-entropy, averaged over the rows that are asked."""
-    total = torch.zeros(())
+    total = next(iter(logits.values())).new_zeros((), dtype=torch.float32)
     for name, one in logits.items():
         asked = targets[name].sum(dim=1) > 0
         if asked.any():

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from aptp_ray.core.importance import Importance, ImportanceBatch, measure_import
 from aptp_ray.core.losses import add_noise
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.randomness import keyed_generator
+from aptp_ray.core.sizes import match_error
 
 NEEDS = ("evaluation", "needs.json")
 
@@ -101,63 +101,6 @@ def noised(samples: KindSamples, alphas_cumprod: Tensor, seed: int, count: int) 
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = ((torch.arange(len(latents)) + 0.5) / len(latents) * len(alphas_cumprod)).long()
     return ImportanceBatch(add_noise(alphas_cumprod, latents, noise, timesteps), timesteps, samples.text_states[:count])
-
-
-def water_filling(
-    errors: dict[float, dict[str, float]], shares: dict[str, float], budget: float
-) -> dict[str, Any]:
-    """How unequal experts should be if each drew one kind of prompt, and what that gains: least mean error at a mean budget.
-
-    Between measured budgets, log error is taken as linear in the MACs ratio; outside of them nothing is promised. At the optimum
-    every kind that is not at an end loses as much error for a MAC as every other (the water level).
-
-    Args:
-        errors: {budget: {kind: error}} of one static code at each budget, as :func:`measure_needs` finds them.
-        shares: {kind: share of the prompts}; adds up to one.
-        budget: the mean MACs ratio, weighted by share.
-
-    Returns:
-        ``ratios`` {kind: MACs ratio}, ``equal`` the mean error with all kinds at the budget, ``unequal`` with these ratios.
-
-    Raises:
-        ValueError: if the budget lies outside of the measured ones.
-    """
-    from scipy.optimize import minimize
-
-    measured = sorted(errors)
-    if not measured[0] <= budget <= measured[-1]:
-        raise ValueError(f"budget {budget} lies outside of the measured ones, {measured[0]} to {measured[-1]}")
-    kinds = list(shares)
-    weight = np.array([shares[kind] for kind in kinds])
-    logs = np.log([[max(errors[at][kind], 1e-12) for at in measured] for kind in kinds])  # [kinds, budgets]
-
-    def mean_error(ratios: np.ndarray) -> float:
-        return float(weight @ [np.exp(np.interp(ratio, measured, log)) for ratio, log in zip(ratios, logs, strict=True)])
-
-    equal = mean_error(np.full(len(kinds), budget))
-    # Relative to equal sizes, or the errors are too small for the optimizer's tolerance.
-    found = minimize(
-        lambda ratios: mean_error(ratios) / equal,
-        np.full(len(kinds), budget),
-        method="SLSQP",
-        bounds=[(measured[0], measured[-1])] * len(kinds),
-        constraints={"type": "eq", "fun": lambda ratios: weight @ ratios - budget},
-    )
-    return {
-        "ratios": {kind: round(float(ratio), 4) for kind, ratio in zip(kinds, found.x, strict=True)},
-        "equal": equal,
-        "unequal": mean_error(found.x),
-    }
-
-
-@torch.no_grad()
-def match_error(gated: GatedUNet, code: Tensor, batch: ImportanceBatch) -> float:
-    """Mean squared error between the outputs with a code and without, over the power of the output without."""
-    inputs = (batch.sample, batch.timesteps, batch.text_states)
-    expected = gated(*inputs).sample
-    with gated.use(code.unsqueeze(0).expand(len(batch.sample), -1)):
-        found = gated(*inputs).sample
-    return float((found - expected).square().mean() / expected.square().mean())
 
 
 def _part(batch: ImportanceBatch, part: slice) -> ImportanceBatch:

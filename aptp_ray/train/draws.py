@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aptp_ray.core.importance import ImportanceBatch
 from aptp_ray.core.randomness import keyed_generator
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding, unpack
@@ -107,3 +108,15 @@ def _unpacked(column: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndar
     if column.shape[1:] != (each,):
         raise ValueError(f"stored tensors have {column.shape[1:]} bytes, not {each} for {shape}: encoding.json is not theirs")
     return np.ascontiguousarray(column).view(dtype).reshape(len(column), *shape)
+
+
+def noised_batch(rows: dict[str, Any], seed: int, alphas: Tensor, mine: slice, device: torch.device) -> ImportanceBatch:
+    """Noises rows at timesteps spread evenly over the schedule (the middle of equal strata)."""
+    count = len(rows["mean"])
+    generator = keyed_generator(seed, "importance")
+    noise = torch.randn(rows["mean"].shape, generator=generator)
+    timesteps = ((torch.arange(count) + 0.5) / count * len(alphas)).long()[torch.randperm(count, generator=generator)]
+    scale = alphas[timesteps].view(-1, 1, 1, 1)
+    noised = scale.sqrt() * torch.from_numpy(rows["mean"]) + (1 - scale).sqrt() * noise
+    sample, timesteps, states = (part[mine].to(device) for part in (noised, timesteps, rows["text_states"]))
+    return ImportanceBatch(sample=sample, timesteps=timesteps, text_states=states)

@@ -20,7 +20,7 @@ from aptp_ray.core.collapse import largest_of_pairs, overlaps
 from aptp_ray.core.components import denoiser_config
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.hardening import harden_codes, start_logits
-from aptp_ray.core.importance import ImportanceBatch, measure_importance
+from aptp_ray.core.importance import measure_importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.core.prune_objective import PruneObjective
@@ -32,9 +32,10 @@ from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
 from aptp_ray.tracking import Progress
-from aptp_ray.train.draws import Draws, decode_encoded
+from aptp_ray.train.draws import Draws, decode_encoded, noised_batch
 from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
+from aptp_ray.train.sizes import measured_codes
 from aptp_ray.train.watch import CodeWatch
 from aptp_ray.train.worker import Worker, fast_attention, load_with_costs, noise_schedule, text_states_of, tuned
 
@@ -50,8 +51,8 @@ def prune_worker(settings: dict[str, Any]) -> None:
 
     Args:
         settings: see ``launch``; and ``encoding``, and references to raw columns: ``samples`` (``training_columns`` of
-            the rows for importance), ``prompts`` (z) and ``validation_prompts`` (z and captions). The job reads these once
-            for all workers.
+            the rows for importance), ``needs`` (the same and z, where ``prune.hardening`` asks for it), ``prompts`` (z) and
+            ``validation_prompts`` (z and captions). The job reads these once for all workers.
     """
     worker = Worker.start(settings)
     config, spec, loop = worker.config, worker.config.prune, worker.config.prune.loop
@@ -68,10 +69,10 @@ def prune_worker(settings: dict[str, Any]) -> None:
     # -- where codes start ---------------------------------------------------------------------------------------------
     text_states = text_states_of(encoding, teacher_dir, worker.place.device)
     score = None
-    if spec.start == "importance":
+    if spec.start == "importance" or spec.hardening == "needs":
         samples = decode_encoded(ray.get(settings["samples"]), encoding, text_states)
         score = importance(worker, gated, macs, samples, schedule.alphas_cumprod)
-    router = new_router(config, gated.space, macs, score, encoding.embedding_dim)
+    router = new_router(config, gated.space, macs, score if spec.start == "importance" else None, encoding.embedding_dim)
     embeddings = prompt_embeddings(ray.get(settings["prompts"]))
     objective = PruneObjective(
         router,
@@ -121,7 +122,14 @@ def prune_worker(settings: dict[str, Any]) -> None:
         transport = router.fit_potentials(
             embeddings, epsilon=config.router.epsilon, relative=config.router.relative_epsilon
         )
-        hard, shares = harden(config, router, macs, prompt_embeddings(held_out))
+        shares = routed_shares(router, prompt_embeddings(held_out))
+        if score is not None and spec.hardening == "needs":
+            needs = decode_encoded(ray.get(settings["needs"]), encoding, text_states)
+            hard = measured_codes(
+                worker, router, gated, macs, rows=needs, score=score, shares=shares, alphas=schedule.alphas_cumprod
+            )
+        else:
+            hard = harden(config, router, macs, shares)
         write_router(worker.run, config, router, macs, hard, shares)
         return {
             "macs_ratio": round(hard.macs_ratio, 5),
@@ -252,22 +260,14 @@ def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, rows: dict[str
     return score
 
 
-def noised_batch(rows: dict[str, Any], seed: int, alphas: Tensor, mine: slice, device: torch.device) -> ImportanceBatch:
-    """Noises rows at timesteps spread evenly over the schedule (the middle of equal strata)."""
-    count = len(rows["mean"])
-    generator = keyed_generator(seed, "importance")
-    noise = torch.randn(rows["mean"].shape, generator=generator)
-    timesteps = ((torch.arange(count) + 0.5) / count * len(alphas)).long()[torch.randperm(count, generator=generator)]
-    scale = alphas[timesteps].view(-1, 1, 1, 1)
-    noised = scale.sqrt() * torch.from_numpy(rows["mean"]) + (1 - scale).sqrt() * noise
-    sample, timesteps, states = (part[mine].to(device) for part in (noised, timesteps, rows["text_states"]))
-    return ImportanceBatch(sample=sample, timesteps=timesteps, text_states=states)
-
-
-def harden(config: Config, router: PromptRouter, macs: MacsModel, validation: Tensor) -> tuple[HardCodes, Tensor]:
-    """Makes the codes binary within the budget, weighted by the shares that routing gives on validation prompts."""
+def routed_shares(router: PromptRouter, validation: Tensor) -> Tensor:
+    """Returns the shares [K] that routing gives on validation prompts."""
     experts = router.assign(validation).expert
-    shares = experts.bincount(minlength=router.num_codes).double() / len(experts)
+    return experts.bincount(minlength=router.num_codes).double() / len(experts)
+
+
+def harden(config: Config, router: PromptRouter, macs: MacsModel, shares: Tensor) -> HardCodes:
+    """Makes the codes binary by their own masks within the budget, weighted by the shares."""
     hard = harden_codes(
         router.codes,
         router.space,
@@ -279,7 +279,7 @@ def harden(config: Config, router: PromptRouter, macs: MacsModel, validation: Te
         ordered_depth=router.ordered_depth,
     )
     router.set_hard_codes(hard.codes)
-    return hard, shares
+    return hard
 
 
 def write_router(run: RunDir, config: Config, router: PromptRouter, macs: MacsModel, hard: HardCodes, shares: Tensor) -> None:

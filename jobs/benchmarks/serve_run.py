@@ -20,7 +20,8 @@ from aptp_ray.core.prune import prune_unet
 from aptp_ray.core.randomness import keyed_generator
 from aptp_ray.demo.captions import captions
 from aptp_ray.demo.scenes import generator, render, sample_scene
-from aptp_ray.train.prune import harden, new_router, noised_batch, write_router
+from aptp_ray.train.draws import noised_batch
+from aptp_ray.train.prune import harden, new_router, routed_shares, write_router
 from aptp_ray.train.teacher import import_teacher
 from aptp_ray.train.worker import noise_schedule
 from cli import DEMO_CONFIG
@@ -51,7 +52,8 @@ def cut_run(folder: str) -> RunDir:
     z = encoder.encode(demo_prompts("train", _PROMPTS))
     router.initialise_codes(z, generator=keyed_generator(0, "codes"))
     router.fit_potentials(z, epsilon=config.router.epsilon, relative=config.router.relative_epsilon)
-    hard, shares = harden(config, router, macs, z)
+    shares = routed_shares(router, z)
+    hard = harden(config, router, macs, shares)
     write_router(run, config, router, macs, hard, shares)
     plain = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet").eval()
     for number, code in enumerate(hard.codes):

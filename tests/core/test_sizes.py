@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from aptp_ray.evaluate.needs import water_filling
+from aptp_ray.core.sizes import water_filling
 
 BUDGETS = (0.9, 0.8, 0.65, 0.5, 0.4)
 

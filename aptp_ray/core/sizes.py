@@ -1,0 +1,130 @@
+"""How large each code should be: its own prompts' error against MACs, and the sizes that lose least at one mean budget.
+
+Where kinds of prompts need the same entries, the sizes are all that a mixture can tailor. Entries are then kept by importance
+per MAC, the strongest rule for one code, and each code gets as many MACs as its prompts make the best use of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aptp_ray.core.baselines import ablation_greedy
+from aptp_ray.core.budget import HardCodes
+from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.importance import Importance, ImportanceBatch
+from aptp_ray.core.macs import MacsModel
+
+# Sizes at which errors are measured, as parts of the budget.
+_GRID = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
+
+
+def sized_codes(
+    gated: GatedUNet,
+    macs: MacsModel,
+    groups: Sequence[ImportanceBatch],
+    *,
+    importance: Importance,
+    budget: float,
+    shares: Tensor,
+    alignment: int = 8,
+    tolerance: float = 0.005,
+) -> HardCodes:
+    """One code for each group of prompts: entries by importance per MAC, sizes by water-filling over the group's own errors.
+
+    Args:
+        gated: the teacher.
+        macs: the MACs of its codes.
+        groups: K groups of noised prompts, those of each code; the same noise and timesteps in all of them compare best.
+        importance: of all entries, over all prompts.
+        budget: the mean MACs ratio, weighted by share.
+        shares: [K] of the prompts.
+        alignment: channel counts become multiples of this.
+        tolerance: largest relative distance of each code from its size, and hence of the mean from the budget.
+
+    Raises:
+        ValueError: a budget out of reach.
+    """
+
+    def code_of(ratio: float) -> Tensor:
+        code = ablation_greedy(gated.space, macs, ratio, importance=importance, alignment=alignment, tolerance=tolerance)
+        return code.to(groups[0].sample.device)
+
+    kinds = [str(index) for index in range(len(groups))]
+    errors: dict[float, dict[str, float]] = {}
+    for part in _GRID:
+        try:
+            code = code_of(min(part * budget, 1.0))
+        except ValueError:
+            if part == 1.0:
+                raise
+            continue  # too small or too large for this teacher
+        errors[part * budget] = {kind: match_error(gated, code, group) for kind, group in zip(kinds, groups, strict=True)}
+        if part * budget >= 1.0:
+            break
+    weights = shares.double() / shares.sum()
+    found = water_filling(errors, dict(zip(kinds, weights.tolist(), strict=True)), budget)
+    codes = torch.stack([code_of(found["ratios"][kind]) for kind in kinds]).cpu()
+    ratios = macs.ratio(codes)
+    return HardCodes(codes=codes, ratios=ratios, macs_ratio=float(ratios @ weights), offset=0.0, flips=0)
+
+
+def water_filling(
+    errors: dict[float, dict[str, float]], shares: dict[str, float], budget: float
+) -> dict[str, Any]:
+    """How unequal experts should be if each drew one kind of prompt, and what that gains: least mean error at a mean budget.
+
+    Between measured budgets, log error is taken as linear in the MACs ratio; outside of them nothing is promised. At the optimum
+    every kind that is not at an end loses as much error for a MAC as every other (the water level).
+
+    Args:
+        errors: {budget: {kind: error}} of one static code at each budget, in any measure that adds up.
+        shares: {kind: share of the prompts}; adds up to one.
+        budget: the mean MACs ratio, weighted by share.
+
+    Returns:
+        ``ratios`` {kind: MACs ratio}, ``equal`` the mean error with all kinds at the budget, ``unequal`` with these ratios.
+
+    Raises:
+        ValueError: if the budget lies outside of the measured ones.
+    """
+    from scipy.optimize import minimize
+
+    measured = sorted(errors)
+    if not measured[0] <= budget <= measured[-1]:
+        raise ValueError(f"budget {budget} lies outside of the measured ones, {measured[0]} to {measured[-1]}")
+    kinds = list(shares)
+    weight = np.array([shares[kind] for kind in kinds])
+    logs = np.log([[max(errors[at][kind], 1e-12) for at in measured] for kind in kinds])  # [kinds, budgets]
+
+    def mean_error(ratios: np.ndarray) -> float:
+        return float(weight @ [np.exp(np.interp(ratio, measured, log)) for ratio, log in zip(ratios, logs, strict=True)])
+
+    equal = mean_error(np.full(len(kinds), budget))
+    # Relative to equal sizes, or the errors are too small for the optimizer's tolerance.
+    found = minimize(
+        lambda ratios: mean_error(ratios) / equal,
+        np.full(len(kinds), budget),
+        method="SLSQP",
+        bounds=[(measured[0], measured[-1])] * len(kinds),
+        constraints={"type": "eq", "fun": lambda ratios: weight @ ratios - budget},
+    )
+    return {
+        "ratios": {kind: round(float(ratio), 4) for kind, ratio in zip(kinds, found.x, strict=True)},
+        "equal": equal,
+        "unequal": mean_error(found.x),
+    }
+
+
+@torch.no_grad()
+def match_error(gated: GatedUNet, code: Tensor, batch: ImportanceBatch) -> float:
+    """Mean squared error between the outputs with a code and without, over the power of the output without."""
+    inputs = (batch.sample, batch.timesteps, batch.text_states)
+    expected = gated(*inputs).sample
+    with gated.use(code.unsqueeze(0).expand(len(batch.sample), -1)):
+        found = gated(*inputs).sample
+    return float((found - expected).square().mean() / expected.square().mean())
