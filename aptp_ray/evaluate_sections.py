@@ -59,6 +59,10 @@ class System(Section):
         None, description="denoising steps; equal_compute: as many as cost what the mixture costs; null: sampling's"
     )
 
+    seed_of: str | None = Field(
+        None, description="name of the system of which this is another seed: the report shows the mean of both; null: of none"
+    )
+
     @model_validator(mode="after")
     def _expert_of_one(self) -> System:
         if self.expert is not None and self.kind != "one_expert":
@@ -107,6 +111,13 @@ class Evaluation(Section):
         names = [system.name for system in self.systems]
         if len(set(names)) < len(names):
             raise ValueError(f"evaluation.systems: two systems have one name ({', '.join(sorted(names))})")
+        firsts = {system.name for system in self.systems if system.seed_of is None}
+        for system in self.systems:
+            if system.seed_of is not None and system.seed_of not in firsts:
+                raise ValueError(
+                    f"evaluation.systems: {system.name} is said to be another seed of {system.seed_of!r}, which is not among "
+                    f"the systems that are no other's seed ({', '.join(sorted(firsts))})"
+                )
         if not any(system.kind == "mixture" and system.run_dir is None for system in self.systems):
             raise ValueError(
                 "evaluation.systems: this run's own mixture, with which others are compared, is missing; add kind: mixture"

@@ -28,7 +28,7 @@ _SHAPES = tuple((form, kind) for kind in ("full", "hollow") for form in _FORMS)
 
 def comparison(scores: dict[str, Any]) -> str:
     """Returns the sections of ``evaluation/scores.json``."""
-    parts = [section("Against what it replaces", _note(scores), _systems(scores) + _plots(scores))]
+    parts = [section("Against what it replaces", _note(scores), _systems(scores) + _seeds(scores) + _plots(scores))]
     facts = _facts(scores)
     if facts:
         parts.append(section("What the images get right", _facts_note(), facts))
@@ -64,6 +64,28 @@ def _systems(scores: dict[str, Any]) -> str:
             cells.append(_with_interval(one) + star if one else "")
         rows.append([escape(system), str(found["steps"]), f"{found['macs_per_image'] / 1e9:.1f} G", *cells])
     return table(head, rows)
+
+
+def _seeds(scores: dict[str, Any]) -> str:
+    """Means over the runs of what was run with several seeds, beside what was run once."""
+    seeds = scores.get("seeds")
+    if not seeds:
+        return ""
+    names = [name for name in _names(scores) if any(name in thing["scores"] for thing in seeds["things"].values())]
+    rows = []
+    for name, thing in seeds["things"].items():
+        cells = []
+        for score in names:
+            one, apart = thing["scores"].get(score), seeds["differences"].get(score, {}).get(name)
+            star = "*" if apart and None not in apart.values() and apart["low"] * apart["high"] > 0 else ""
+            spread = "" if one is None or len(one["values"]) < 2 else "; ".join(f"{value:.4g}" for value in one["values"])
+            cells.append(f"{_with_interval(one)}{star}{f' <small>({spread})</small>' if spread else ''}" if one else "")
+        rows.append([escape(name), str(len(thing["runs"])), *cells])
+    note = (
+        "<p class=note>Means over seeds of pruning and fine-tuning, in round brackets each run; intervals are over captions, and "
+        f"stars mark differences to {escape(seeds['against'])} as above.</p>"
+    )
+    return note + table(["system", "runs", *(_SCORES[score] for score in names)], rows)
 
 
 def _with_interval(one: dict[str, float | None]) -> str:

@@ -21,6 +21,7 @@ from aptp_ray.evaluate.generation import Drawn, artists, draw, missing
 from aptp_ray.evaluate.latency import measure_costs
 from aptp_ray.evaluate.likeness import errors_against
 from aptp_ray.evaluate.scores import HIGHER_IS_BETTER, Sample, parts_of, questions_of, replicated, scores_of
+from aptp_ray.evaluate.seeds import over_seeds
 from aptp_ray.evaluate.systems import Caption, Cast, Painter, cast_systems, read_captions
 
 SCORES = ("evaluation", "scores.json")
@@ -114,12 +115,16 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
                 config, reference, sample, texts, ["teacher" if p.expert is None else str(p.expert) for p in cast.painters]
             ),
         }
+    seeds: dict[str, Any] = {}
+    if any(cast.system.seed_of for cast in work.casts):
+        seeds["seeds"] = over_seeds([cast.system for cast in work.casts], found, _own(work.casts))
     result = {
         "name": config.name,
         "labels": encoders.labels(),
         "images": len(work.captions),
         "systems": systems,
         "differences": _differences(work.casts, found),
+        **seeds,
         "drawing": {"found": found_before, **drawing_figures(drawn, actors)},
         "sampling": config.sampling.model_dump(mode="json") | {"resolution": side},
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"scorer"}),
@@ -186,10 +191,15 @@ def _parts(config: Config, reference: Encoded, sample: Sample, texts: np.ndarray
 
 def _differences(casts: Sequence[Cast], found: dict[str, dict[str, tuple[float, np.ndarray]]]) -> dict[str, Any]:
     """{score: {system: paired difference, system minus the run's own mixture}}."""
-    own = next(cast.system.name for cast in casts if cast.system.kind == "mixture" and cast.system.run_dir is None)
+    own = _own(casts)
     # The teacher has no likeness to itself.
     of = {score: {name: values[score] for name, values in found.items() if score in values} for score in found[own]}
     return {"against": own, "scores": {score: differences(values, own) for score, values in of.items()}}
+
+
+def _own(casts: Sequence[Cast]) -> str:
+    """Name of the run's own mixture."""
+    return next(cast.system.name for cast in casts if cast.system.kind == "mixture" and cast.system.run_dir is None)
 
 
 def _finite(value: Any) -> Any:

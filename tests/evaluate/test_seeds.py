@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from aptp_ray.evaluate.bootstrap import draws, estimate, replicate
+from aptp_ray.evaluate.distances import mean_of
+from aptp_ray.evaluate.seeds import over_seeds
+from aptp_ray.evaluate_sections import Evaluation, System
+
+
+def system(name: str, seed_of: str | None = None, run_dir: str | None = "elsewhere") -> System:
+    return System(name=name, kind="mixture", run_dir=run_dir, seed_of=seed_of)
+
+
+def test_a_mean_over_seeds_is_the_score_of_the_mean() -> None:
+    generator = np.random.default_rng(0)
+    values = {name: generator.normal(loc, 1.0, 200) for name, loc in (("ours", 0.5), ("ours-1", 0.7), ("one", 0.0))}
+    counts = draws(200, 100, seed=0)
+    found = {name: {"score": replicate(mean_of(value), counts)} for name, value in values.items()}
+    systems = [system("ours", run_dir=None), system("ours-1", "ours"), system("one")]
+    result = over_seeds(systems, found, "ours")
+    joined = replicate(mean_of((values["ours"] + values["ours-1"]) / 2), counts)  # means are linear: an oracle
+    ours = result["things"]["ours"]
+    assert ours["runs"] == ["ours", "ours-1"] and result["against"] == "ours"
+    assert {k: ours["scores"]["score"][k] for k in ("value", "low", "high")} == pytest.approx(estimate(*joined).to_json())
+    assert ours["scores"]["score"]["values"] == pytest.approx([values["ours"].mean(), values["ours-1"].mean()])
+    apart = result["differences"]["score"]["one"]
+    assert apart["value"] == pytest.approx(values["one"].mean() - joined[0]) and apart["low"] < apart["value"] < apart["high"]
+    assert set(result["differences"]["score"]) == {"one"}
+
+
+def test_a_seed_of_something_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValidationError, match="'other', which is not among"):
+        Evaluation(systems=[system("ours", run_dir=None), system("ours-1", "other")])
