@@ -59,6 +59,9 @@ class System(Section):
         None, description="denoising steps; equal_compute: as many as cost what the mixture costs; null: sampling's"
     )
 
+    changes: list[str] = Field(
+        [], description="key=value changes of this config by which jobs/compare.py makes the other run; needs run_dir"
+    )
     seed_of: str | None = Field(
         None, description="name of the system of which this is another seed: the report shows the mean of both; null: of none"
     )
@@ -67,6 +70,8 @@ class System(Section):
     def _expert_of_one(self) -> System:
         if self.expert is not None and self.kind != "one_expert":
             raise ValueError(f"system {self.name}: expert={self.expert} belongs to kind=one_expert, not to {self.kind}")
+        if self.changes and self.run_dir is None:
+            raise ValueError(f"system {self.name}: changes make another run: say with run_dir where it lies")
         return self
 
 

@@ -85,43 +85,55 @@ def would_draw(config: Config, run: RunDir, work: Any, overwrite: bool) -> dict[
     return found
 
 
+def evaluate_run(config: Config, run: RunDir, *, overwrite: bool = False) -> dict[str, Any]:
+    """Draws and scores all systems, and makes the report's page anew; returns what ``scores.json`` holds.
+
+    Raises:
+        ConfigError: if the run has no experts, or nothing to score with.
+    """
+    if not run.is_done(config, "finetune"):
+        raise ConfigError(f"{run.uri} has no fine-tuned experts yet: run jobs/pipeline.py first")
+    from aptp_ray.evaluate.encoders import Encoders
+    from aptp_ray.evaluate.evaluation import device_of, evaluate, prepare
+
+    if overwrite:
+        run.remove("evaluation", "images")
+    encoders = Encoders.load(config, device=device_of(config))
+    work = prepare(config, run)
+    references = reference_images(config, run, work.captions)
+    total = sum(len(shard.captions) for shard in work.shards)
+    say(f"evaluate: {len(work.captions)} captions, {len(work.casts)} systems, {total} images")
+    with ray_session(config):
+        result = evaluate(config, run, work, encoders, references)
+        run_stage("report", report, config, run, overwrite=True)  # its page has a place for the scores
+    say_table(result)
+    return result
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What a job's last line says of an evaluation."""
+    scores = {
+        name: {score: round(one["value"], 4) for score, one in system["scores"].items()}
+        for name, system in result["systems"].items()
+    }
+    return {"drawing": result["drawing"], "scores": scores}
+
+
 def main() -> None:
     options = parser(__doc__, can_dry_run=True).parse_intermixed_args()
     begun = time.monotonic()
     with errors_on_one_line():
         config = load(options)
         run = open_run(config)
-        if not run.is_done(config, "finetune"):
-            raise ConfigError(f"{run.uri} has no fine-tuned experts yet: run jobs/pipeline.py first")
-        from aptp_ray.evaluate.encoders import Encoders
-        from aptp_ray.evaluate.evaluation import device_of, evaluate, prepare
-
         if options.dry_run:
+            from aptp_ray.evaluate.evaluation import prepare
+
+            if not run.is_done(config, "finetune"):
+                raise ConfigError(f"{run.uri} has no fine-tuned experts yet: run jobs/pipeline.py first")
             finish({"run_dir": run.uri, "stage": "evaluate", **would_draw(config, run, prepare(config, run), options.overwrite)})
             return
-        if options.overwrite:
-            run.remove("evaluation", "images")
-        encoders = Encoders.load(config, device=device_of(config))
-        work = prepare(config, run)
-        references = reference_images(config, run, work.captions)
-        total = sum(len(shard.captions) for shard in work.shards)
-        say(f"evaluate: {len(work.captions)} captions, {len(work.casts)} systems, {total} images")
-        with ray_session(config):
-            result = evaluate(config, run, work, encoders, references)
-            run_stage("report", report, config, run, overwrite=True)  # its page has a place for the scores
-    say_table(result)
-    finish(
-        {
-            "run_dir": run.uri,
-            "stage": "evaluate",
-            "seconds": round(time.monotonic() - begun, 1),
-            "drawing": result["drawing"],
-            "scores": {
-                name: {score: round(one["value"], 4) for score, one in system["scores"].items()}
-                for name, system in result["systems"].items()
-            },
-        }
-    )
+        result = evaluate_run(config, run, overwrite=options.overwrite)
+    finish({"run_dir": run.uri, "stage": "evaluate", "seconds": round(time.monotonic() - begun, 1), **figures(result)})
 
 
 if __name__ == "__main__":

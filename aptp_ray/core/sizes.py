@@ -36,6 +36,8 @@ def sized_codes(
 ) -> HardCodes:
     """One code for each group of prompts: entries by importance per MAC, sizes by water-filling over the group's own errors.
 
+    Where the sizes so found lose no less than equal ones on the groups themselves, all get the code of one.
+
     Args:
         gated: the teacher.
         macs: the MACs of its codes.
@@ -68,9 +70,16 @@ def sized_codes(
             break
     weights = shares.double() / shares.sum()
     found = water_filling(errors, dict(zip(kinds, weights.tolist(), strict=True)), budget)
-    codes = torch.stack([code_of(found["ratios"][kind]) for kind in kinds]).cpu()
-    ratios = macs.ratio(codes)
-    return HardCodes(codes=codes, ratios=ratios, macs_ratio=float(ratios @ weights), offset=0.0, flips=0)
+    equal = code_of(budget)
+    codes = [code_of(found["ratios"][kind]) for kind in kinds]
+    # Water-filling trusts what lies between the measured sizes; the codes themselves are measured before they are kept.
+    lost, with_equal = (
+        sum(float(weight) * match_error(gated, code, group) for weight, code, group in zip(weights, chosen, groups, strict=True))
+        for chosen in (codes, [equal] * len(groups))
+    )
+    kept = torch.stack(codes if lost < with_equal else [equal] * len(groups)).cpu()
+    ratios = macs.ratio(kept)
+    return HardCodes(codes=kept, ratios=ratios, macs_ratio=float(ratios @ weights), offset=0.0, flips=0)
 
 
 def water_filling(

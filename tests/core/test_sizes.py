@@ -2,9 +2,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import brentq
 
-from aptp_ray.core.sizes import water_filling
+from aptp_ray.core.baselines import ablation_greedy
+from aptp_ray.core.budget import HardCodes
+from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.importance import Importance, ImportanceBatch, measure_importance
+from aptp_ray.core.macs import MacsModel
+from aptp_ray.core.sizes import match_error, sized_codes, water_filling
+from tests.core.tiny import tiny_sd21
 
 BUDGETS = (0.9, 0.8, 0.65, 0.5, 0.4)
 
@@ -43,3 +50,57 @@ def test_nothing_is_promised_outside_of_what_was_measured() -> None:
         water_filling(falling({"a": (1.0, 1.0)}), {"a": 1.0}, 0.3)
     found = water_filling(falling({"easy": (1e-9, 12.0), "hard": (9.0, 12.0)}), {"easy": 0.5, "hard": 0.5}, 0.6)
     assert min(found["ratios"].values()) >= 0.4 and max(found["ratios"].values()) <= 0.9
+
+
+# -- codes sized by what their prompts lose ------------------------------------------------------------------------------
+
+UNET = tiny_sd21()
+GATED = GatedUNet(UNET)
+MACS = MacsModel.measure(UNET, (8, 8), 5, GATED.space)
+
+
+def group(scale: float, seed: int, rows: int = 6) -> ImportanceBatch:
+    draws = torch.Generator().manual_seed(seed)
+    sample = scale * torch.randn(rows, 4, 8, 8, generator=draws)
+    return ImportanceBatch(sample, torch.full((rows,), 500), scale * torch.randn(rows, 5, 24, generator=draws))
+
+
+@pytest.fixture(scope="module")
+def importance() -> Importance:
+    return measure_importance(GATED, [group(1.0, 9, rows=2)], macs=MACS)
+
+
+def sized(groups: list[ImportanceBatch], importance: Importance, shares: list[float], budget: float = 0.7) -> HardCodes:
+    return sized_codes(GATED, MACS, groups, importance=importance, budget=budget, shares=torch.tensor(shares))
+
+
+def lost(groups: list[ImportanceBatch], codes: torch.Tensor, shares: list[float]) -> float:
+    return sum(s * match_error(GATED, code, one) for s, code, one in zip(shares, codes, groups, strict=True))
+
+
+def test_sizes_meet_the_budget_in_the_mean_and_lose_no_more_than_equal_ones(importance: Importance) -> None:
+    groups, shares = [group(0.02, 1), group(3.0, 2)], [0.6, 0.4]
+    found = sized(groups, importance, shares)
+    mean = float(MACS.ratio(found.codes) @ torch.tensor(shares, dtype=torch.float64))
+    assert found.macs_ratio == pytest.approx(mean) and mean == pytest.approx(0.7, rel=5e-3)
+    equal = ablation_greedy(GATED.space, MACS, 0.7, importance=importance)
+    assert lost(groups, found.codes, shares) <= lost(groups, equal.expand(2, -1), shares)
+
+
+def test_groups_that_need_the_same_get_the_code_of_one(importance: Importance) -> None:
+    found = sized([group(1.0, 1), group(1.0, 1)], importance, [0.25, 0.75])
+    assert torch.equal(found.codes[0], found.codes[1])
+
+
+def test_a_group_that_loses_nothing_gives_its_macs_to_the_other(importance: Importance) -> None:
+    # Without noise or text to look at, closing entries of this teacher changes its output less.
+    groups = [group(1e-3, 1), group(1.0, 2)]
+    errors = [match_error(GATED, ablation_greedy(GATED.space, MACS, 0.7, importance=importance), one) for one in groups]
+    found = sized(groups, importance, [0.5, 0.5])
+    needier = int(errors[1] > errors[0])
+    assert float(found.ratios[needier]) >= float(found.ratios[1 - needier])
+
+
+def test_a_budget_that_no_code_meets_is_refused(importance: Importance) -> None:
+    with pytest.raises(ValueError, match="out of reach"):
+        sized([group(1.0, 1)], importance, [1.0], budget=0.01)

@@ -1,0 +1,95 @@
+"""The whole comparison in one job: makes the run of a config and every run that its systems name, then draws and scores them all.
+
+    python jobs/compare.py jobs/configs/openmoji_comparison.yaml
+
+A system of ``evaluation.systems`` with ``changes`` is a baseline, an ablation or another seed: the same config but for those
+lines, in a run directory of its own. What it has in common with the first run, teacher and encoded rows above all, is taken over.
+A job that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from evaluate import evaluate_run, figures
+
+from aptp_ray.artifacts import RunDir, open_run
+from aptp_ray.config import Config, ConfigError, load_config
+from aptp_ray.reuse import take_over
+from cli import errors_on_one_line, finish, load, parser, ray_session, run_stage, say
+from pipeline import check, run_pipeline
+from stages import STAGE_FUNCTIONS
+
+
+def other_runs(path: str, overrides: list[str], config: Config) -> dict[str, Config]:
+    """The configs of the runs that systems name with their changes, by run directory.
+
+    Raises:
+        ConfigError: if two systems make one run directory by different changes, or the run's own.
+    """
+    changes: dict[str, list[str]] = {}
+    for system in config.evaluation.systems:
+        if system.changes:
+            where = str(system.run_dir)
+            if changes.setdefault(where, system.changes) != system.changes or where == config.run_dir:
+                raise ConfigError(f"system {system.name}: run_dir={where} is made by other changes, or is this run's own")
+    name = config.name
+    return {
+        where: load_config(path, [*overrides, *made, f"run_dir={where}", f"name={name}-{os.path.basename(where)}"])
+        for where, made in changes.items()
+    }
+
+
+def make(config: Config, home: str) -> str:
+    """Makes one of the other runs, up to its experts; returns its directory."""
+    run = open_run(config)
+    run.prepare(config)
+    take_over(config, run, RunDir(home, config.storage_options))
+    for name, stage in STAGE_FUNCTIONS.items():
+        if name != "report":
+            run_stage(name, stage, config, run)
+    return run.uri
+
+
+def make_all(configs: list[Config], home: str, at_once: int) -> None:
+    """Makes runs, some side by side."""
+    import ray
+
+    # A task starts each run, because TorchTrainer.fit() needs the main thread of its process.
+    start = ray.remote(num_cpus=0, max_retries=0)(make)
+    waiting, running = list(configs), dict[Any, float]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running[start.remote(waiting.pop(0), home)] = time.monotonic()
+        (done,), _ = ray.wait(list(running))
+        begun = running.pop(done)
+        say(f"compare: {ray.get(done)} is made, {time.monotonic() - begun:.0f} s")
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--at-once", type=int, help="runs made side by side; as many as compute.workers leaves cores for")
+    options = arguments.parse_intermixed_args()
+    begun = time.monotonic()
+    with errors_on_one_line():
+        config = load(options)
+        run = open_run(config)
+        overrides = [*options.overrides, *([f"run_dir={options.run_dir}"] if options.run_dir else [])]
+        others = list(other_runs(options.config, overrides, config).values())
+        check(config, run, overwrite=options.overwrite)
+        for other in others:
+            check(other, open_run(other))
+        workers = config.compute.workers if isinstance(config.compute.workers, int) else config.compute.workers[1]
+        cores = (os.cpu_count() or 1) // (workers * config.compute.threads_per_worker)
+        with ray_session(config):
+            run_pipeline(config, run, overwrite=options.overwrite)
+            make_all(others, run.uri, options.at_once or max(1, cores))
+            result = evaluate_run(config, run, overwrite=options.overwrite)
+    seconds = round(time.monotonic() - begun, 1)
+    finish({"run_dir": run.uri, "stage": "compare", "seconds": seconds, "runs": 1 + len(others), **figures(result)})
+
+
+if __name__ == "__main__":
+    main()
