@@ -1,0 +1,61 @@
+"""jobs/compare.py: which runs a comparison makes."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+from compare import other_runs
+from pydantic import ValidationError
+
+from aptp_ray.config import ConfigError, load_config, stage_hash
+from aptp_ray.evaluate_sections import System
+
+SHIPPED = "jobs/configs/openmoji_comparison.yaml"
+
+
+def config_with(folder: Path, systems: str) -> str:
+    path = folder / "some.yaml"
+    base = Path("jobs/configs/openmoji.yaml").resolve()
+    path.write_text(f"base: {base}\nrun_dir: runs/a\nevaluation:\n  systems:\n" + textwrap.indent(systems, "    "))
+    return str(path)
+
+
+def test_baselines_of_the_demo_differ_from_the_mixture_in_what_they_say_alone() -> None:
+    config = load_config(SHIPPED, [])
+    others = other_runs(SHIPPED, [], config)
+    assert {system.run_dir for system in config.evaluation.systems if system.run_dir} == set(others)
+    for where, other in others.items():
+        assert other.run_dir == where and other.prune.budget == config.prune.budget
+        assert stage_hash(other, "encode") == stage_hash(config, "encode")  # so that encoded rows are taken over
+        assert stage_hash(other, "prune") != stage_hash(config, "prune")
+        # The same number of training samples in all.
+        shared, own = other.finetune.shared, config.finetune.shared
+        assert shared is not None and own is not None and shared.steps == own.steps
+        samples = [
+            one.router.experts * one.finetune.apart.steps * one.finetune.apart.global_batch_size for one in (config, other)
+        ]
+        assert samples[0] == samples[1], where
+
+
+def test_overrides_of_the_command_line_reach_every_run() -> None:
+    overrides = ["prune.budget=0.4", "data.source.train_images=100"]
+    others = other_runs(SHIPPED, overrides, load_config(SHIPPED, overrides))
+    assert {other.prune.budget for other in others.values()} == {0.4}
+
+
+def test_one_run_directory_is_made_once(tmp_path: Path) -> None:
+    systems = "- {name: mixture, kind: mixture}\n- {name: b, kind: mixture, run_dir: runs/b, changes: [prune.budget=0.5]}\n"
+    same = systems + "- {name: dealt, kind: random_routing, run_dir: runs/b, changes: [prune.budget=0.5]}\n"
+    path = config_with(tmp_path, same)
+    assert list(other_runs(path, [], load_config(path, []))) == ["runs/b"]
+    for other in ("runs/b, changes: [prune.budget=0.6]", "runs/a, changes: [prune.budget=0.6]"):
+        path = config_with(tmp_path, systems + f"- {{name: c, kind: mixture, run_dir: {other}}}\n")
+        with pytest.raises(ConfigError, match="system c: run_dir="):
+            other_runs(path, [], load_config(path, []))
+
+
+def test_changes_need_a_run_of_their_own() -> None:
+    with pytest.raises(ValidationError, match="say with run_dir where it lies"):
+        System(name="b", kind="mixture", changes=["prune.budget=0.5"])
