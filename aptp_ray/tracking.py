@@ -160,6 +160,16 @@ class Tracker:
 
         self._log(pictures, step)
 
+    def log_page(self, name: str, html: str, step: int) -> None:
+        """Logs a self-contained page."""
+
+        def page() -> dict[str, Any]:
+            import wandb
+
+            return {name: wandb.Html(html, inject=False)}
+
+        self._log(page, step)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Sets the run's final figures."""
         if self._run is not None:

@@ -200,8 +200,9 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def report(config: Config, run: RunDir) -> dict[str, Any]:
-    """Draws samples with teacher and experts and writes the page of figures."""
+    """Draws samples with teacher and experts and writes the page of figures, which is logged, too."""
     from aptp_ray.evaluate.report import build_report
+    from aptp_ray.tracking import Tracker
 
     prompts = list(config.report.prompts or ())
     if not prompts and config.data.source.kind == "openmoji":
@@ -210,7 +211,21 @@ def report(config: Config, run: RunDir) -> dict[str, Any]:
         count = min(config.report.num_prompts, len(SHOWCASE))
         # Spread over the showcase, which is sorted by kind of scene.
         prompts = [SHOWCASE[index * len(SHOWCASE) // count].text for index in range(count)]
-    return build_report(config, run, prompts)
+    figures = build_report(config, run, prompts)
+    tracking = config.tracking
+    tracker = Tracker(
+        project=tracking.project,
+        entity=tracking.entity,
+        mode=tracking.mode,
+        name=f"{config.name}-report",
+        config=config,
+        directory=run.path("wandb") if run.is_local else None,
+    )
+    if tracker.enabled:
+        tracker.log_page("report", run.read_bytes("report", "index.html").decode(), step=0)
+        tracker.summary({name: value for name, value in figures.items() if isinstance(value, (int, float))})
+    tracker.finish()
+    return figures
 
 
 STAGE_FUNCTIONS = {

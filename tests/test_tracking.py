@@ -101,6 +101,7 @@ def test_an_offline_run_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tracker.log_bars("macs_ratio", [0.6, 0.7], step=20)
     tracker.log_bars("share", {"photo": 0.25, "sketch": 0.75}, step=20)
     tracker.log_heatmap("code_similarity", similarity, step=20, labels=["a", "b"])
+    tracker.log_page("report", "<!doctype html><p>report", step=20)
     tracker.log_table("prompts", ["prompt", "expert"], [["a red apple", 1], ["ein Löwe", 0]], step=20)
     images = [np.full((8, 8, 3), 200, dtype=np.uint8), Image.new("RGB", (8, 8), "red")]
     tracker.log_images("samples", images, step=20, captions=["a red apple", "ein Löwe"])
@@ -130,6 +131,7 @@ def test_an_offline_run_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert table("share_table")["data"] == [["photo", 0.25], ["sketch", 0.75]]
     assert table("code_similarity_table")["columns"] == ["", "a", "b"]
     assert table("code_similarity_table")["data"][0] == ["a", 1.0, -0.5]
+    assert (files / row["report"]["path"]).read_text() == "<!doctype html><p>report"
     samples = row["samples"]
     assert samples["count"] == 2 and samples["captions"] == ["a red apple", "ein Löwe"]
     assert Image.open(files / samples["filenames"][1]).getpixel((3, 3)) == (255, 0, 0)
