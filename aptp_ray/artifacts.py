@@ -30,6 +30,9 @@ _PROGRESS: dict[str, tuple[str, ...]] = {
     "finetune": ("train/finetune-*", "train/expert-*"),
 }
 
+# Scripts below jobs/ that are not called as their stage is.
+_JOBS = {"teacher": "train_teacher"}
+
 # Packages that decide what a stage writes.
 _VERSIONED = ("aptp-ray", "torch", "diffusers", "transformers", "ray", "pot")
 
@@ -153,11 +156,10 @@ class RunDir:
             overwrite: forget the stage and all after it, which were made from what it made: manifest entries and checkpoints.
 
         Raises:
-            RunDirError: if the place cannot be written, or a stage before ``stage`` was made with another config.
+            RunDirError: if the place cannot be written, or as :meth:`check_before`.
         """
         if stage is not None:
-            for name in _before(stage):
-                self._refuse_other(config, name, self.manifest()["stages"].get(name, {}).get("config_hash"), "made")
+            self.check_before(config, stage)
         try:
             self.write_bytes(config.to_yaml().encode(), "config.yaml")
         except OSError as error:
@@ -203,6 +205,26 @@ class RunDir:
         # Its checkpoints are another config's; going on from them would mix the two.
         self._refuse_other(config, stage, manifest.get("begun", {}).get(stage), "begun")
         return stage in manifest["stages"]
+
+    def missing_before(self, stage: str) -> list[str]:
+        """Returns the stages before ``stage`` that have not finished, in their order."""
+        made = self.manifest()["stages"]
+        return [name for name in _before(stage) if name not in made]
+
+    def check_before(self, config: Config, stage: str) -> None:
+        """Refuses a stage that has nothing to begin with.
+
+        Raises:
+            RunDirError: if a stage before it has not finished, or was made with another config.
+        """
+        missing, made = self.missing_before(stage), self.manifest()["stages"]
+        if missing:
+            raise RunDirError(
+                f"stage {stage!r} needs what stage {missing[0]!r} makes, and that has not finished in {self.uri}: run `python "
+                f"jobs/{_JOBS.get(missing[0], missing[0])}.py CONFIG` first, or jobs/pipeline.py, which runs all that is missing"
+            )
+        for name in _before(stage):
+            self._refuse_other(config, name, made[name].get("config_hash"), "made")
 
     def _refuse_other(self, config: Config, stage: str, found: str | None, how: str) -> None:
         if found is not None and found != stage_hash(config, stage):

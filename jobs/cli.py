@@ -156,6 +156,8 @@ def main(name: str, stage: Stage, description: str | None) -> None:
 
             finish({"run_dir": run.uri, "stage": name, **dry_run(config, run, [name], overwrite=options.overwrite)})
             return
+        if not run.is_done(config, name, options.overwrite):
+            run.check_before(config, name)  # to refuse before Ray starts
         with ray_session(config):
             entry = run_stage(name, stage, config, run, overwrite=options.overwrite)
     figures = {k: v for k, v in entry.items() if k not in {"versions", "config_hash", "finished_at"}}

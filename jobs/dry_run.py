@@ -218,7 +218,7 @@ def dry_run(config: Config, run: RunDir, stages: Sequence[str], *, overwrite: bo
         RunDirError: if the run directory was made with another config, as the job itself would.
     """
     say(config.to_yaml().rstrip())
-    states = {stage: _state(config, run, stage, overwrite) for stage in stages}
+    states = {stage: _state(config, run, stage, overwrite, stages) for stage in stages}
     todo = [stage for stage, state in states.items() if state != "done"]
     cluster = cluster_at_hand(config)
     resources: dict[str, Any] = {}
@@ -247,9 +247,12 @@ def dry_run(config: Config, run: RunDir, stages: Sequence[str], *, overwrite: bo
     }
 
 
-def _state(config: Config, run: RunDir, stage: str, overwrite: bool) -> str:
+def _state(config: Config, run: RunDir, stage: str, overwrite: bool, stages: Sequence[str]) -> str:
     if run.is_done(config, stage, overwrite):
         return "done"
+    missing = [name for name in run.missing_before(stage) if name not in stages]
+    if missing:
+        return f"would be refused: {', '.join(missing)} must be made first"
     if overwrite:
         return "would be made again"
     return "would go on where it stopped" if stage in _begun(run) else "would run"

@@ -193,6 +193,15 @@ def test_a_stage_on_top_of_another_configs_stages_is_refused(run: RunDir) -> Non
     assert content(run) == before
 
 
+def test_a_stage_on_top_of_a_stage_that_is_missing_is_refused(run: RunDir) -> None:
+    finished(run, A, "teacher")
+    before = content(run)
+    assert run.missing_before("assign") == ["encode", "prune"] and run.missing_before("encode") == []
+    with pytest.raises(RunDirError, match=r"stage 'encode' makes.*jobs/encode\.py") as error:
+        run.prepare(A, "assign")
+    assert "\n" not in str(error.value) and content(run) == before
+
+
 def test_a_stage_that_was_begun_with_another_config_is_refused(run: RunDir) -> None:
     finished(run, A, "teacher", "encode")
     run.prepare(A, "prune")

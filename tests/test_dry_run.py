@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,8 @@ def test_what_is_done_is_not_run_and_what_was_begun_goes_on(tmp_path: Path) -> N
     run.prepare(config, "encode")
     found = dry_run.dry_run(config, run, STAGES, overwrite=False)["stages"]
     assert (found["teacher"], found["encode"], found["prune"]) == ("done", "would go on where it stopped", "would run")
+    alone = dry_run.dry_run(config, run, ["prune"], overwrite=False)["stages"]
+    assert alone == {"prune": "would be refused: encode must be made first"}
     again = dry_run.dry_run(config, run, ["teacher"], overwrite=True)
     assert again["stages"] == {"teacher": "would be made again"} and run.is_done(config, "teacher")
 
@@ -184,6 +187,28 @@ def test_a_mistake_ends_with_code_2_and_a_line(tmp_path: Path) -> None:
     code, line, error = job("jobs/prune.py", "jobs/configs/smoke.yaml", "prune.budget=7", "--run-dir", str(tmp_path), "--dry-run")
     assert code == 2 and line["stage"] == "prune" and line["exit_code"] == 2 and "prune.budget" in line["error"]
     assert "Traceback" not in error and line["error"] in error
+
+
+@pytest.mark.parametrize("made", range(1, len(STAGES)))
+def test_a_job_without_the_stage_before_is_refused_before_ray_starts(
+    made: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all stages but the one just before; the message names that stage and the job that makes it."""
+    config = demo(str(tmp_path / "run"))
+    run, stage, missing = RunDir(config.run_dir), STAGES[made], STAGES[made - 1]
+    for name in STAGES[: made - 1]:
+        run.prepare(config, name)
+        run.finish(config, name)
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", str(CONFIGS / "smoke.yaml"), f"run_dir={json.dumps(run.uri)}"])
+    monkeypatch.setattr(cli, "ray_session", lambda config: pytest.fail("Ray was started"))
+    with pytest.raises(SystemExit) as end:
+        cli.main(stage, lambda config, run: pytest.fail("the stage ran"), None)
+    told = capsys.readouterr()
+    line = json.loads(told.out)
+    assert end.value.code == line["exit_code"] == 2 and line["stage"] == stage and told.err == f"error: {line['error']}\n"
+    (command,) = re.findall(r"python (jobs/\w+\.py) CONFIG", line["error"])
+    assert f"stage '{missing}'" in line["error"] and f'main("{missing}"' in (ROOT / command).read_text()
+    assert not {stage} & set(run.manifest().get("begun", {}))
 
 
 @pytest.mark.parametrize(
