@@ -16,8 +16,8 @@ from aptp_ray.artifacts import RunDir, load_run
 from aptp_ray.config import Config
 from aptp_ray.core.batch_profile import BatchProfile, cached_profile
 from aptp_ray.core.components import Components, denoiser_dir, load_components, load_unet
-from aptp_ray.core.lean_bert import lean
 from aptp_ray.core.int8 import quantize_weights, weight_bytes
+from aptp_ray.core.lean_bert import lean
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.drawing import DrawingLoop
 from aptp_ray.serve.protocol import TEACHER, DrawJob, Outcome, Partial
