@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from aptp_ray.core.lean_bert import lean
 from aptp_ray.core.packed import can_pack, pack_linears
 
 # Token ids of this line tell tokenizers apart that share a vocabulary but not their normalisation.
@@ -63,7 +64,7 @@ class PromptEncoder:
         # Before the cast: the precision of the forward pass is no part of an encoder's identity.
         self.fingerprint = _fingerprint(model, tokenizer, max_length)
         self._tokenizer = tokenizer
-        self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._model = lean(model.to(device=device, dtype=dtype).eval().requires_grad_(False))
         if can_pack(self._model):
             pack_linears(self._model)
 

@@ -112,7 +112,8 @@ class AccessLog:
                 "ms": round(milliseconds, 1),
                 **facts,
             }
-            logger.info("access %s", json.dumps(line))
+            # Into the replica's file alone: what it writes to stderr, Ray sends to every driver, and prints once more there.
+            logger.info("access %s", json.dumps(line), extra={"log_to_stderr": False})
 
 
 def request_id(scope: Scope) -> str:

@@ -13,6 +13,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from aptp_ray.serve.dispatch import LOST
+from aptp_ray.serve.environment import way_of_calling
 from aptp_ray.serve.protocol import ApiError, DrawJob, Drawn, Outcome, Partial, Placed
 from aptp_ray.serve.routing import Route
 
@@ -32,7 +33,7 @@ class RouterCalls:
     async def draw(self, job: DrawJob) -> Drawn:
         """Returns a job's images and where they were drawn."""
         for attempt in range(self._retries + 1):
-            response: Any = self._router.draw.remote(_renamed(job, attempt))
+            response: Any = self._method("draw").remote(_renamed(job, attempt))
             try:
                 async with asyncio.timeout(_seconds_left(job)):
                     drawn: Drawn = await response
@@ -51,7 +52,7 @@ class RouterCalls:
         sent: set[tuple[int, int]] = set()
         placed: Placed | None = None
         for attempt in range(self._retries + 1):
-            items: Any = self._router.options(stream=True).stream.remote(_renamed(job, attempt))
+            items: Any = self._method("stream", stream=True).remote(_renamed(job, attempt))
             try:
                 while True:
                     async with asyncio.timeout(_seconds_left(job)):
@@ -79,7 +80,7 @@ class RouterCalls:
     async def route(self, prompts: Sequence[str], deadline: float) -> list[Route]:
         """Returns where prompts belong."""
         for attempt in range(self._retries + 1):
-            response: Any = self._router.route.remote(list(prompts))
+            response: Any = self._method("route").remote(list(prompts))
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.time())):
                     routes: list[Route] | Outcome = await response
@@ -105,6 +106,9 @@ class RouterCalls:
         good = [answer for answer in answers if isinstance(answer, dict)]
         # One replica of several that is just being replaced does not make the service unready.
         return {name: state for answer in good for name, state in answer.items()} or {"router": "no answer"}
+
+    def _method(self, name: str, **options: Any) -> Any:
+        return self._router.options(method_name=name, **options, **way_of_calling())
 
     async def _think_again(self, error: Exception, attempt: int) -> None:
         """Returns, after a pause, if another attempt is worth it; raises what the client is told if not."""

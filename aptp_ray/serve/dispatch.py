@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from aptp_ray.sections import Serve
+from aptp_ray.serve.environment import way_of_calling
 from aptp_ray.serve.metrics import RouterMeters
 from aptp_ray.serve.protocol import DrawJob, Outcome, Overloaded, Partial, Placed
 from aptp_ray.serve.routing import Route
@@ -212,7 +213,7 @@ class Dispatcher:
 
     async def _stream(self, expert: int, left: dict[str, Ticket]) -> None:
         jobs = [replace(ticket.job, id=name) for name, ticket in left.items()]
-        stream: Any = self._experts[expert].options(stream=True).draw.remote(jobs)
+        stream: Any = self._experts[expert].options(method_name="draw", stream=True, **way_of_calling()).remote(jobs)
         try:
             async for item in stream:
                 ticket = left.get(item.id)

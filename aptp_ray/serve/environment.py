@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SERVE_ENVIRONMENT = {
     # Seconds between two looks of the controller at its replicas: the default of 0.1 takes a fiftieth of two cores (measured).
@@ -22,6 +23,15 @@ SERVE_ENVIRONMENT = {
     # Ten images of 1024 x 1024 pixels are 30 MiB, and gRPC's own limit 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
 }
+
+
+def way_of_calling() -> dict[str, Any]:
+    """Returns options of a handle, for calls from this process.
+
+    A handle comes with the way of calling of the process that built the application, which has none of the variables
+    (`for_ray`): without this, replicas would call each other through Ray's tasks all the same.
+    """
+    return {"_by_reference": False} if os.environ.get("RAY_SERVE_USE_GRPC_BY_DEFAULT") == "1" else {}
 
 
 @contextmanager

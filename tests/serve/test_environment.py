@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from aptp_ray.serve.environment import SERVE_ENVIRONMENT, for_driver, for_ray
+from aptp_ray.serve.environment import SERVE_ENVIRONMENT, for_driver, for_ray, way_of_calling
 
 LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 
@@ -34,3 +34,10 @@ def test_a_job_in_the_image_has_a_loop_for_its_handles(monkeypatch: pytest.Monke
     with for_ray():
         assert os.environ[LOOP] == "0"
     assert LOOP not in os.environ
+
+
+def test_a_handle_calls_as_the_process_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_SERVE_USE_GRPC_BY_DEFAULT", raising=False)
+    assert way_of_calling() == {}
+    monkeypatch.setenv("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+    assert way_of_calling() == {"_by_reference": False}
