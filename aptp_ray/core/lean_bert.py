@@ -1,7 +1,4 @@
-"""BERT's forward pass by bare operators: for a short text on a CPU, transformers' wrappers take as long as the arithmetic.
-
-Measured with MiniLM, one thread and one prompt of ten tokens: 6.4 ms in place of 11.7, of which reading the weights takes 2.
-"""
+"""BERT's forward pass by bare operators: for a short text on a CPU, transformers' wrappers take as long as the arithmetic."""
 
 from __future__ import annotations
 
@@ -93,4 +90,3 @@ def can_be_lean(model: nn.Module) -> bool:
 def lean(model: Any) -> Any:
     """Returns a frozen model that runs as fast as is known how: itself, where it is no BERT on a CPU."""
     return LeanBert(model).eval() if can_be_lean(model) else model
-

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from aptp_ray.config import Config
 from aptp_ray.core.batch_profile import BatchProfile, cached_profile
 from aptp_ray.core.components import Components, denoiser_dir, load_components, load_unet
 from aptp_ray.core.int8 import quantize_weights, weight_bytes
-from aptp_ray.core.lean_bert import lean
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.serve.drawing import DrawingLoop
 from aptp_ray.serve.protocol import TEACHER, DrawJob, Outcome, Partial
@@ -140,7 +138,7 @@ def _load(run: RunDir, config: Config, expert: int | str) -> tuple[Any, Componen
         # Tensor cores read convolutions this way; on a CPU it gained nothing (measured), and copies would not be shared.
         unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         components.vae.to(memory_format=torch.channels_last)
-    return unet, replace(components, text_encoder=lean(components.text_encoder))
+    return unet, components
 
 
 def _megabytes(module: torch.nn.Module) -> float:
