@@ -23,7 +23,8 @@ PART_OF = {
     **dict.fromkeys(("storage", "reuse"), "artifacts"),
 }
 ORCHESTRATION = {"ray", "wandb"}
-CORE_LIBRARIES = {"torch", "diffusers", "transformers", "ot", "numpy", "safetensors", "PIL"}
+# SciPy comes with POT, which is built on it.
+CORE_LIBRARIES = {"torch", "diffusers", "transformers", "ot", "numpy", "scipy", "safetensors", "PIL"}
 
 PUBLIC_CORE = (
     "ArchitectureSpace",
