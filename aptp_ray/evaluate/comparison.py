@@ -21,6 +21,8 @@ _SCORES = {
 }
 _PLOTTED = ("fid", "frechet", "clip_score", "facts", "teacher_psnr")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 520, 320, 62, 40, 16, 16
+# Pixels from one mark to the next that may not cover it.
+_MARK = 15.0
 # Shapes, not colors alone, tell systems apart in print and to the color-blind.
 _FORMS = ("circle", "square", "diamond", "triangle", "down", "bar")
 _SHAPES = tuple((form, kind) for kind in ("full", "hollow") for form in _FORMS)
@@ -113,13 +115,15 @@ def _plot(scores: dict[str, Any], name: str) -> str:
     if not points:
         return ""
     shapes = {system: _SHAPES[index % len(_SHAPES)] for index, system in enumerate(scores["systems"])}
-    xs = _Axis([x for _, x, _ in points], _LEFT, _WIDTH - _RIGHT)
+    # The same in every plot, whichever systems have a score of its kind.
+    xs = _Axis([found["macs_per_image"] / 1e9 for found in scores["systems"].values()], _LEFT, _WIDTH - _RIGHT)
+    places = _apart([xs(x) for _, x, _ in points])
     ys = _Axis([one[end] for _, _, one in points for end in ("low", "high")], _HEIGHT - _BOTTOM, _TOP)
     marks = "".join(
         f"<g><title>{escape(system)}: {_SCORES[name]} {one['value']:.4g} at {x:.1f} GMACs an image</title>"
-        f'<line x1="{xs(x):.1f}" x2="{xs(x):.1f}" y1="{ys(one["low"]):.1f}" y2="{ys(one["high"]):.1f}"/>'
-        f"{_mark(shapes[system], xs(x), ys(one['value']))}</g>"
-        for system, x, one in points
+        f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{ys(one["low"]):.1f}" y2="{ys(one["high"]):.1f}"/>'
+        f"{_mark(shapes[system], place, ys(one['value']))}</g>"
+        for place, (system, x, one) in zip(places, points, strict=True)
     )
     grid = "".join(
         f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{ys(tick):.1f}" y2="{ys(tick):.1f}"/>'
@@ -135,6 +139,26 @@ def _plot(scores: dict[str, Any], name: str) -> str:
         f'<text class=x x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 4}">GMACs an image</text></svg>'
         f"<figcaption>{_SCORES[name]}; {better} is better<small class=shapes>{legend}</small></figcaption></figure>"
     )
+
+
+def _apart(places: Sequence[float]) -> list[float]:
+    """Moves marks that would lie on one another, systems of one cost above all, side by side about where they belong."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and places[index] - places[groups[-1][-1]] < _MARK:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    found = list(places)
+    for group in groups:
+        middle = sum(places[index] for index in group) / len(group)
+        # Not out of the picture on either side.
+        half = _MARK * (len(group) - 1) / 2
+        middle = min(max(middle, _LEFT + half + _MARK), _WIDTH - _RIGHT - half - _MARK)
+        for turn, index in enumerate(sorted(group)):
+            found[index] = middle - half + _MARK * turn
+    return found
 
 
 class _Axis:

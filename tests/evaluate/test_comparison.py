@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aptp_ray.evaluate.comparison import comparison, tailoring
+from aptp_ray.evaluate.comparison import _apart, comparison, tailoring
 
 SYSTEMS = {"mixture": (0.65, 20.0), "teacher": (1.0, 23.0), "static <one>": (0.65, 26.0), "blocks": (0.8, 41.0)}
 
@@ -94,3 +94,11 @@ def test_what_could_be_tailored_is_told_with_its_gain() -> None:
     assert "0.910 (a and &lt;b&gt;) to 0.980 (a and c)" in page and "0.985 to 0.994" in page
     assert "<th>&lt;b&gt;</th>" in page and "<td class=name>50%</td><td>0.01000</td>" in page
     assert "c 56%" in page and "0.02150 in place of 0.02670" in page
+
+
+def test_marks_of_one_cost_stand_side_by_side() -> None:
+    places = _apart([100.0, 400.0, 100.2, 101.0])
+    assert places[1] == 400.0
+    close = [places[0], places[2], places[3]]
+    assert close == sorted(close) and min(b - a for a, b in zip(close, close[1:], strict=False)) >= 14.9
+    assert sum(close) / 3 == pytest.approx((100.0 + 100.2 + 101.0) / 3)
