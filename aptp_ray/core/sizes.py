@@ -57,27 +57,23 @@ def sized_codes(
         return code.to(groups[0].sample.device)
 
     kinds = [str(index) for index in range(len(groups))]
-    errors: dict[float, dict[str, float]] = {}
-    for part in _GRID:
+    codes, errors = dict[float, Tensor](), dict[float, dict[str, float]]()
+    for size in sorted({min(part * budget, 1.0) for part in _GRID}):
         try:
-            code = code_of(min(part * budget, 1.0))
+            codes[size] = code_of(size)
         except ValueError:
-            if part == 1.0:
+            if size == budget:
                 raise
-            continue  # too small or too large for this teacher
-        errors[part * budget] = {kind: match_error(gated, code, group) for kind, group in zip(kinds, groups, strict=True)}
-        if part * budget >= 1.0:
-            break
+            continue  # out of this teacher's reach
+        errors[size] = {kind: match_error(gated, codes[size], group) for kind, group in zip(kinds, groups, strict=True)}
     weights = shares.double() / shares.sum()
     found = water_filling(errors, dict(zip(kinds, weights.tolist(), strict=True)), budget)
-    equal = code_of(budget)
-    codes = [code_of(found["ratios"][kind]) for kind in kinds]
+    sized = [code_of(found["ratios"][kind]) for kind in kinds]
     # Water-filling trusts what lies between the measured sizes; the codes themselves are measured before they are kept.
-    lost, with_equal = (
-        sum(float(weight) * match_error(gated, code, group) for weight, code, group in zip(weights, chosen, groups, strict=True))
-        for chosen in (codes, [equal] * len(groups))
+    lost = sum(
+        weight * match_error(gated, code, group) for weight, code, group in zip(weights.tolist(), sized, groups, strict=True)
     )
-    kept = torch.stack(codes if lost < with_equal else [equal] * len(groups)).cpu()
+    kept = torch.stack(sized if lost < found["equal"] else [codes[budget]] * len(groups)).cpu()
     ratios = macs.ratio(kept)
     return HardCodes(codes=kept, ratios=ratios, macs_ratio=float(ratios @ weights), offset=0.0, flips=0)
 

@@ -63,10 +63,24 @@ CHOICES = {
     "hard masks, a quarter of the contrast": [_HARD, "prune.weights.contrastive=0.25"],
     "hard masks, no contrast": [_HARD, "prune.weights.contrastive=0"],
 }
+# Is a mixture better than one code, at equal cost and after as many samples? From the shipped config, with no contrast.
+_SHIPPED, _ONE = ["prune.weights.contrastive=0"], ["router.experts=1"]
+_GREEDY = [*_ONE, "prune.codes=ablation_greedy"]
+_LESS = "prune.budget=0.4"
+MIXTURES = {
+    "one code": [*_SHIPPED, *_ONE],
+    "one code, second seed": [*_SHIPPED, *_ONE, "prune.loop.seed=1"],
+    "one code by ablation": _GREEDY,
+    "two codes": [*_SHIPPED, "router.experts=2"],
+    "eight codes": [*_SHIPPED, "router.experts=8"],
+    "four codes at 0.4": [*_SHIPPED, _LESS],
+    "one code at 0.4": [*_SHIPPED, *_ONE, _LESS],
+    "one code by ablation at 0.4": [*_GREEDY, _LESS],
+}
 START = "all departures, and contrast"
 HELD_OUT, BATCH = 512, 64
 VALIDATION = ("encoded", "validation")
-SIZES = ["data.source.train_images=4000", "data.source.validation_images=512", "tracking.mode=disabled", "prune.budget=0.5"]
+_SIZES = ["data.source.train_images=4000", "data.source.validation_images=512", "tracking.mode=disabled", "prune.budget=0.5"]
 _CONTRAST = f"prune.weights.contrastive={PruneWeights().contrastive}"
 _STEPS = [_CONTRAST, "prune.loop.steps=120", "finetune.shared.steps=40", "finetune.shared.checkpoint_every_steps=40"]
 # Variants run side by side, one a core: that keeps all cores at work, and twenty runs in half the time.
@@ -78,20 +92,11 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
     joined = [option for name, options in REFERENCE.items() if name != "noise for each sample" for option in options]
     variants = {START: [], "all as the reference": joined, **REFERENCE, **CHOICES}
     again = {f"{name}, second seed": [*variants[name], "prune.loop.seed=1"] for name in (START, *CHOICES)}
-    return {"switches": run_variants(variants | again, [*SIZES, *_STEPS], say)}
-
-
-def run_variants(variants: dict[str, list[str]], common: list[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs variants side by side, one a core, on rows that are encoded once; returns their figures by name, in their order.
-
-    Args:
-        variants: changes of the shipped config by name.
-        common: changes that all of them share.
-        say: tells people how it goes.
-    """
-    common, waiting = [*common, *_ALONE], list(variants.items())
+    waiting = list((variants | again | MIXTURES).items())
+    order = [name for name, _ in waiting]
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        common = [*_SIZES, *_STEPS, *_ALONE]
         config = load_config(DEMO_CONFIG, [f"run_dir={folder}/encoded", *common])
         run = open_run(config)
         run.prepare(config)
@@ -110,7 +115,7 @@ def run_variants(variants: dict[str, list[str]], common: list[str], say: Callabl
                 name = running.pop(done)
                 figures[name] = ray.get(done)
                 say(f"{name}: {figures[name]}")
-    return {name: figures[name] for name in variants}
+    return {"switches": {name: figures[name] for name in order}}
 
 
 def variant(changes: list[str], encoded: str) -> dict[str, float]:

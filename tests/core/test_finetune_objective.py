@@ -27,9 +27,9 @@ def test_gated_and_pruned_students_have_the_same_losses() -> None:
 
 
 def test_an_unpruned_student_matches_its_teacher() -> None:
-    losses, stats = make_finetune(tiny_sd21(), tiny_sd21())(**finetune_batch())
-    # Squares of float32 rounding: two models' weights may lie at different alignments, and then be summed in another order.
-    assert max(losses["distillation"].item(), losses["block"].item(), stats["match"]) < 1e-11
+    # Frozen as the teacher is: on some CPUs torch runs weights that learn by other kernels, which round otherwise.
+    losses, stats = make_finetune(tiny_sd21().requires_grad_(False), tiny_sd21())(**finetune_batch())
+    assert losses["distillation"].item() == losses["block"].item() == stats["match"] == 0.0
     batch = finetune_batch()
     noised = SCHEDULER.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     output = tiny_sd21()(noised, batch["timesteps"], batch["text_states"]).sample
