@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,13 @@ def parser(
     return arguments
 
 
-def load(options: argparse.Namespace) -> Config:
-    """Reads the config with the command line's overrides; a lone ``key=value`` first argument is an override, too."""
+def load(options: argparse.Namespace, changes: Sequence[str] = ()) -> Config:
+    """Reads the config with the command line's overrides; a lone ``key=value`` first argument is an override, too.
+
+    Args:
+        options: of :func:`parser`.
+        changes: further overrides, which come last.
+    """
     overrides = list(options.overrides)
     path = options.config
     if "=" in path and not Path(path).exists():
@@ -73,7 +78,7 @@ def load(options: argparse.Namespace) -> Config:
         path = DEMO_CONFIG
     if options.run_dir:
         overrides.append(f"run_dir={json.dumps(options.run_dir)}")
-    return load_config(path, overrides)
+    return load_config(path, [*overrides, *changes])
 
 
 def on_a_cluster() -> bool:

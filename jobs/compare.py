@@ -9,22 +9,28 @@ A job that was killed goes on where it was.
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from evaluate import evaluate_run, figures
-
 from aptp_ray.artifacts import RunDir, open_run
-from aptp_ray.config import Config, ConfigError, load_config
+from aptp_ray.config import Config, ConfigError
 from aptp_ray.reuse import take_over
 from cli import errors_on_one_line, finish, load, parser, ray_session, run_stage, say
+from evaluate import evaluate_run, figures
 from pipeline import check, run_pipeline
 from stages import STAGE_FUNCTIONS
 
 
-def other_runs(path: str, overrides: list[str], config: Config) -> dict[str, Config]:
+def other_runs(config: Config, load_with: Callable[[list[str]], Config]) -> dict[str, Config]:
     """The configs of the runs that systems name with their changes, by run directory.
+
+    Args:
+        config: the whole tree.
+        load_with: reads it anew, with changes.
 
     Raises:
         ConfigError: if two systems make one run directory by different changes, or the run's own.
@@ -35,17 +41,17 @@ def other_runs(path: str, overrides: list[str], config: Config) -> dict[str, Con
             where = str(system.run_dir)
             if changes.setdefault(where, system.changes) != system.changes or where == config.run_dir:
                 raise ConfigError(f"system {system.name}: run_dir={where} is made by other changes, or is this run's own")
-    name = config.name
+    names = {where: f"{config.name}-{os.path.basename(where)}" for where in changes}
     return {
-        where: load_config(path, [*overrides, *made, f"run_dir={where}", f"name={name}-{os.path.basename(where)}"])
+        where: load_with([*made, f"run_dir={json.dumps(where)}", f"name={json.dumps(names[where])}"])
         for where, made in changes.items()
     }
 
 
-def make(config: Config, home: str) -> str:
+def make(config: Config, home: str, overwrite: bool) -> str:
     """Makes one of the other runs, up to its experts; returns its directory."""
     run = open_run(config)
-    run.prepare(config)
+    run.prepare(config, next(iter(STAGE_FUNCTIONS)) if overwrite else None, overwrite=overwrite)
     take_over(config, run, RunDir(home, config.storage_options))
     for name, stage in STAGE_FUNCTIONS.items():
         if name != "report":
@@ -53,7 +59,7 @@ def make(config: Config, home: str) -> str:
     return run.uri
 
 
-def make_all(configs: list[Config], home: str, at_once: int) -> None:
+def make_all(configs: list[Config], home: str, at_once: int, overwrite: bool) -> None:
     """Makes runs, some side by side."""
     import ray
 
@@ -62,7 +68,7 @@ def make_all(configs: list[Config], home: str, at_once: int) -> None:
     waiting, running = list(configs), dict[Any, float]()
     while waiting or running:
         while waiting and len(running) < at_once:
-            running[start.remote(waiting.pop(0), home)] = time.monotonic()
+            running[start.remote(waiting.pop(0), home, overwrite)] = time.monotonic()
         (done,), _ = ray.wait(list(running))
         begun = running.pop(done)
         say(f"compare: {ray.get(done)} is made, {time.monotonic() - begun:.0f} s")
@@ -76,16 +82,14 @@ def main() -> None:
     with errors_on_one_line():
         config = load(options)
         run = open_run(config)
-        overrides = [*options.overrides, *([f"run_dir={options.run_dir}"] if options.run_dir else [])]
-        others = list(other_runs(options.config, overrides, config).values())
-        check(config, run, overwrite=options.overwrite)
-        for other in others:
-            check(other, open_run(other))
+        others = list(other_runs(config, partial(load, options)).values())
+        for one in (config, *others):
+            check(one, open_run(one), overwrite=options.overwrite)
         workers = config.compute.workers if isinstance(config.compute.workers, int) else config.compute.workers[1]
         cores = (os.cpu_count() or 1) // (workers * config.compute.threads_per_worker)
         with ray_session(config):
             run_pipeline(config, run, overwrite=options.overwrite)
-            make_all(others, run.uri, options.at_once or max(1, cores))
+            make_all(others, run.uri, options.at_once or max(1, cores), options.overwrite)
             result = evaluate_run(config, run, overwrite=options.overwrite)
     seconds = round(time.monotonic() - begun, 1)
     finish({"run_dir": run.uri, "stage": "compare", "seconds": seconds, "runs": 1 + len(others), **figures(result)})

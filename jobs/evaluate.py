@@ -85,14 +85,19 @@ def would_draw(config: Config, run: RunDir, work: Any, overwrite: bool) -> dict[
     return found
 
 
+def check_experts(config: Config, run: RunDir) -> None:
+    """Refuses a run that there is nothing to draw with."""
+    if not run.is_done(config, "finetune"):
+        raise ConfigError(f"{run.uri} has no fine-tuned experts yet: run jobs/pipeline.py first")
+
+
 def evaluate_run(config: Config, run: RunDir, *, overwrite: bool = False) -> dict[str, Any]:
     """Draws and scores all systems, and makes the report's page anew; returns what ``scores.json`` holds.
 
     Raises:
         ConfigError: if the run has no experts, or nothing to score with.
     """
-    if not run.is_done(config, "finetune"):
-        raise ConfigError(f"{run.uri} has no fine-tuned experts yet: run jobs/pipeline.py first")
+    check_experts(config, run)
     from aptp_ray.evaluate.encoders import Encoders
     from aptp_ray.evaluate.evaluation import device_of, evaluate, prepare
 
@@ -128,8 +133,7 @@ def main() -> None:
         if options.dry_run:
             from aptp_ray.evaluate.evaluation import prepare
 
-            if not run.is_done(config, "finetune"):
-                raise ConfigError(f"{run.uri} has no fine-tuned experts yet: run jobs/pipeline.py first")
+            check_experts(config, run)
             finish({"run_dir": run.uri, "stage": "evaluate", **would_draw(config, run, prepare(config, run), options.overwrite)})
             return
         result = evaluate_run(config, run, overwrite=options.overwrite)

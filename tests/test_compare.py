@@ -6,11 +6,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from compare import other_runs
 from pydantic import ValidationError
 
-from aptp_ray.config import ConfigError, load_config, stage_hash
+from aptp_ray.config import Config, ConfigError, load_config, stage_hash
 from aptp_ray.evaluate_sections import System
+from compare import other_runs
 
 SHIPPED = "jobs/configs/openmoji_comparison.yaml"
 
@@ -22,9 +22,13 @@ def config_with(folder: Path, systems: str) -> str:
     return str(path)
 
 
+def others_of(path: str, overrides: list[str]) -> dict[str, Config]:
+    return other_runs(load_config(path, overrides), lambda changes: load_config(path, [*overrides, *changes]))
+
+
 def test_baselines_of_the_demo_differ_from_the_mixture_in_what_they_say_alone() -> None:
     config = load_config(SHIPPED, [])
-    others = other_runs(SHIPPED, [], config)
+    others = others_of(SHIPPED, [])
     assert {system.run_dir for system in config.evaluation.systems if system.run_dir} == set(others)
     for where, other in others.items():
         assert other.run_dir == where and other.prune.budget == config.prune.budget
@@ -41,7 +45,7 @@ def test_baselines_of_the_demo_differ_from_the_mixture_in_what_they_say_alone() 
 
 def test_overrides_of_the_command_line_reach_every_run() -> None:
     overrides = ["prune.budget=0.4", "data.source.train_images=100"]
-    others = other_runs(SHIPPED, overrides, load_config(SHIPPED, overrides))
+    others = others_of(SHIPPED, overrides)
     assert {other.prune.budget for other in others.values()} == {0.4}
 
 
@@ -49,11 +53,11 @@ def test_one_run_directory_is_made_once(tmp_path: Path) -> None:
     systems = "- {name: mixture, kind: mixture}\n- {name: b, kind: mixture, run_dir: runs/b, changes: [prune.budget=0.5]}\n"
     same = systems + "- {name: dealt, kind: random_routing, run_dir: runs/b, changes: [prune.budget=0.5]}\n"
     path = config_with(tmp_path, same)
-    assert list(other_runs(path, [], load_config(path, []))) == ["runs/b"]
+    assert list(others_of(path, [])) == ["runs/b"]
     for other in ("runs/b, changes: [prune.budget=0.6]", "runs/a, changes: [prune.budget=0.6]"):
         path = config_with(tmp_path, systems + f"- {{name: c, kind: mixture, run_dir: {other}}}\n")
         with pytest.raises(ConfigError, match="system c: run_dir="):
-            other_runs(path, [], load_config(path, []))
+            others_of(path, [])
 
 
 def test_changes_need_a_run_of_their_own() -> None:

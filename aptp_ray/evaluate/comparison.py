@@ -59,11 +59,7 @@ def _systems(scores: dict[str, Any]) -> str:
     ordered = sorted(scores["systems"].items(), key=lambda item: item[1]["macs_per_image"])
     rows = []
     for system, found in ordered:
-        cells = []
-        for name in names:
-            one, apart = found["scores"].get(name), differences.get(name, {}).get(system)
-            star = "*" if apart and None not in apart.values() and apart["low"] * apart["high"] > 0 else ""
-            cells.append(_with_interval(one) + star if one else "")
+        cells = [_cell(found["scores"].get(name), differences.get(name, {}).get(system)) for name in names]
         rows.append([escape(system), str(found["steps"]), f"{found['macs_per_image'] / 1e9:.1f} G", *cells])
     return table(head, rows)
 
@@ -76,18 +72,23 @@ def _seeds(scores: dict[str, Any]) -> str:
     names = [name for name in _names(scores) if any(name in thing["scores"] for thing in seeds["things"].values())]
     rows = []
     for name, thing in seeds["things"].items():
-        cells = []
-        for score in names:
-            one, apart = thing["scores"].get(score), seeds["differences"].get(score, {}).get(name)
-            star = "*" if apart and None not in apart.values() and apart["low"] * apart["high"] > 0 else ""
-            spread = "" if one is None or len(one["values"]) < 2 else "; ".join(f"{value:.4g}" for value in one["values"])
-            cells.append(f"{_with_interval(one)}{star}{f' <small>({spread})</small>' if spread else ''}" if one else "")
+        cells = [_cell(thing["scores"].get(score), seeds["differences"].get(score, {}).get(name)) for score in names]
         rows.append([escape(name), str(len(thing["runs"])), *cells])
     note = (
         "<p class=note>Means over seeds of pruning and fine-tuning, in round brackets each run; intervals are over captions, and "
         f"stars mark differences to {escape(seeds['against'])} as above.</p>"
     )
     return note + table(["system", "runs", *(_SCORES[score] for score in names)], rows)
+
+
+def _cell(one: dict[str, Any] | None, apart: dict[str, float | None] | None) -> str:
+    """A score with its interval, a star where it differs from what it is compared with, and the value of each of several runs."""
+    if one is None:
+        return ""
+    star = "*" if apart and None not in apart.values() and apart["low"] * apart["high"] > 0 else ""  # type: ignore[operator]
+    runs = one.get("values", [])
+    each = f" <small>({'; '.join(f'{value:.4g}' for value in runs)})</small>" if len(runs) > 1 else ""
+    return f"{_with_interval(one)}{star}{each}"
 
 
 def _with_interval(one: dict[str, float | None]) -> str:

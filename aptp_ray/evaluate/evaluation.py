@@ -115,16 +115,14 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
                 config, reference, sample, texts, ["teacher" if p.expert is None else str(p.expert) for p in cast.painters]
             ),
         }
-    seeds: dict[str, Any] = {}
-    if any(cast.system.seed_of for cast in work.casts):
-        seeds["seeds"] = over_seeds([cast.system for cast in work.casts], found, _own(work.casts))
+    listed = [cast.system for cast in work.casts]
     result = {
         "name": config.name,
         "labels": encoders.labels(),
         "images": len(work.captions),
         "systems": systems,
         "differences": _differences(work.casts, found),
-        **seeds,
+        "seeds": over_seeds(listed, found, _own(work.casts)) if any(system.seed_of for system in listed) else None,
         "drawing": {"found": found_before, **drawing_figures(drawn, actors)},
         "sampling": config.sampling.model_dump(mode="json") | {"resolution": side},
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"scorer"}),
