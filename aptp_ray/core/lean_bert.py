@@ -11,20 +11,12 @@ from transformers import BertModel
 from transformers.modeling_outputs import BaseModelOutput
 
 
-class _Linear(nn.Module):
-    """Several linear layers that read the same, side by side."""
-
-    weight: Tensor  # [in, out]: of few rows, MKL multiplies faster by this than by its transpose
-    bias: Tensor
-
-    def __init__(self, *layers: nn.Linear) -> None:
-        super().__init__()
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        self.register_buffer("weight", weight.t().contiguous(), persistent=False)
-        self.register_buffer("bias", torch.cat([layer.bias.detach() for layer in layers]), persistent=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return torch.addmm(self.bias, rows, self.weight)
+def _joined(*layers: nn.Linear) -> nn.Linear:
+    """Linear layers that read the same rows, as one."""
+    joined = nn.utils.skip_init(nn.Linear, layers[0].in_features, sum(layer.out_features for layer in layers))
+    joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    return joined
 
 
 class _Layer(nn.Module):
@@ -32,11 +24,9 @@ class _Layer(nn.Module):
         super().__init__()
         own, attended = layer.attention.self, layer.attention.output
         self._heads = heads
-        self.qkv = _Linear(own.query, own.key, own.value)
-        self.attended, self.norm = _Linear(attended.dense), attended.LayerNorm
-        self.inner, self.outer, self.last_norm = (
-            _Linear(layer.intermediate.dense), _Linear(layer.output.dense), layer.output.LayerNorm
-        )  # fmt: skip
+        self.qkv = _joined(own.query, own.key, own.value)
+        self.attended, self.norm = attended.dense, attended.LayerNorm
+        self.inner, self.outer, self.last_norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
 
     def forward(self, x: Tensor, n: int, mask: Tensor | None) -> Tensor:
         """[n * tokens, width] -> the same."""
@@ -54,7 +44,7 @@ class LeanBert(nn.Module):
     """
 
     def __init__(self, model: BertModel) -> None:
-        """Copies the layers' weights in another order.
+        """Takes the model's layers over; what attention reads its rows by is copied into one.
 
         Args:
             model: one for which :func:`can_be_lean` holds.
@@ -78,15 +68,14 @@ class LeanBert(nn.Module):
 
 
 def can_be_lean(model: nn.Module) -> bool:
-    """Whether a model is a plain BERT encoder in float32 on a CPU."""
+    """Whether a model is a plain BERT encoder."""
     if type(model) is not BertModel or model.training:
         return False
     config = model.config
     plain = config.hidden_act == "gelu" and not config.is_decoder and not getattr(config, "add_cross_attention", False)
-    absolute = getattr(config, "position_embedding_type", None) in (None, "absolute")
-    return plain and absolute and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+    return plain and getattr(config, "position_embedding_type", None) in (None, "absolute")
 
 
 def lean(model: Any) -> Any:
-    """Returns a frozen model that runs as fast as is known how: itself, where it is no BERT on a CPU."""
+    """Returns a frozen model with less between its operators: itself, where it is no plain BERT."""
     return LeanBert(model).eval() if can_be_lean(model) else model

@@ -64,8 +64,9 @@ class PromptEncoder:
         # Before the cast: the precision of the forward pass is no part of an encoder's identity.
         self.fingerprint = _fingerprint(model, tokenizer, max_length)
         self._tokenizer = tokenizer
-        self._model = lean(model.to(device=device, dtype=dtype).eval().requires_grad_(False))
-        if can_pack(self._model):
+        self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if can_pack(self._model):  # a text on a CPU
+            self._model = lean(self._model)
             pack_linears(self._model)
 
     @classmethod
