@@ -245,6 +245,12 @@ class Prune(Section):
             raise ValueError("prune.noisy_similarity compares codes under their own noise: it needs prune.noise_per=code")
         return self
 
+    @model_validator(mode="after")
+    def _codes_to_size(self) -> Prune:
+        if self.hardening == "needs" and self.codes != "learned":
+            raise ValueError(f"prune.hardening=needs sizes learned codes: with prune.codes={self.codes} set it to masks")
+        return self
+
 
 class FinetuneWeights(Section):
     """Weights of the fine-tuning losses."""

@@ -63,3 +63,9 @@ def test_one_run_directory_is_made_once(tmp_path: Path) -> None:
 def test_changes_need_a_run_of_their_own() -> None:
     with pytest.raises(ValidationError, match="say with run_dir where it lies"):
         System(name="b", kind="mixture", changes=["prune.budget=0.5"])
+
+
+def test_a_code_by_a_rule_has_no_size_to_measure() -> None:
+    changes = ["prune.codes=norm", "router.experts=1", "prune.hardening=needs"]
+    with pytest.raises(ConfigError, match="prune.hardening=needs sizes learned codes"):
+        load_config(SHIPPED, changes)
