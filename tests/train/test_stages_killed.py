@@ -25,7 +25,7 @@ from aptp_ray.train import launch as launching
 from aptp_ray.train.launch import launch
 from cli import run_stage
 
-pytestmark = pytest.mark.slow  # Ray Train starts the workers some thirty times
+pytestmark = pytest.mark.slow  # Ray Train starts the workers some twenty times
 
 SMOKE = Path(__file__).parents[2] / "jobs" / "configs" / "smoke.yaml"
 STEPS, EVERY = 30, 3
