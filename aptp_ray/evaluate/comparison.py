@@ -256,11 +256,11 @@ def _gains(found: dict[str, Any]) -> str:
     ]
     note = (
         f"<h3>Predicted and measured</h3><p class=note>At {found['at']:.0%} of the MACs the curves predict an error of "
-        f"{predicted['unequal']:.5f} in place of {predicted['equal']:.5f}, a gain of {predicted['decibels']:.2f} dB by sizes alone: "
-        "of one denoising step, before fine-tuning, with an expert for each kind. Beside it, what this mixture gained over one code "
-        "for all captions at the same MACs, on whole images, after fine-tuning, by its own routing: above zero the mixture is "
-        "better, whichever way the score counts; a star marks an interval without zero. Likeness to the teacher comes closest to "
-        "what is predicted.</p>"
+        f"{predicted['unequal']:.5f} in place of {predicted['equal']:.5f}, a gain of {predicted['decibels']:.2f} dB by sizes "
+        "alone: of one denoising step, before fine-tuning, with an expert for each kind. Beside it, what this mixture gained "
+        "over one code for all captions at the same MACs, on whole images, after fine-tuning, by its own routing: above zero the "
+        "mixture is better, whichever way the score counts; a star marks an interval without zero. Likeness to the teacher comes "
+        "closest to what is predicted.</p>"
     )
     return f"{note}{table(head, rows)}"
 

@@ -19,9 +19,9 @@ def gains(needs: dict[str, Any], scores: dict[str, Any] | None, budget: float) -
 
     Returns:
         None without a prediction at the budget, or without a system of one code at the mixture's MACs. Else ``at``;
-        ``predicted``: the mean error with ``equal`` and with ``unequal`` sizes, and by how many ``decibels`` it falls; ``measured``: of
-        each system of one code {"system", "runs", "scores": {score: gain of the mixture}}, estimates that are positive where
-        the mixture is better, whichever way the score counts.
+        ``predicted``: the mean error with ``equal`` and with ``unequal`` sizes, and by how many ``decibels`` it falls;
+        ``measured``: of each system of one code {"system", "runs", "scores": {score: gain of the mixture}}, estimates that are
+        positive where the mixture is better, whichever way the score counts.
     """
     at = next((at for at in needs.get("water_filling", {}) if math.isclose(float(at), budget, abs_tol=0.005)), None)
     if at is None or scores is None:

@@ -55,8 +55,8 @@ def hardness_of(table: pa.Table, scores: dict[str, Any]) -> list[Hardness]:
         chosen = sorted(of_kind, key=lambda name: sign * systems[name]["macs_per_image"])[:1]
         return [Hardness(kind, name, sign * table[column(what, name)].to_numpy()) for name in chosen]
 
-    kinds = [*(cheapest(kind, ERROR) for kind in ("one_code", "random_routing", "one_expert")), cheapest("image_text", IMAGE_TEXT)]
-    return [one for found in kinds for one in found]
+    by_error = [one for kind in ("one_code", "random_routing", "one_expert") for one in cheapest(kind, ERROR)]
+    return by_error + cheapest("image_text", IMAGE_TEXT)
 
 
 def _kind(system: dict[str, Any], home: str) -> str:

@@ -16,12 +16,10 @@ from aptp_ray.evaluate.style import CSS
 from aptp_ray.evaluate.tried import tried
 from aptp_ray.evaluate.widgets import bar, dot, duration, inline, section, si, span
 
+Pairs = Sequence[tuple[Image.Image, Image.Image]]
 
-def render_page(
-    figures: dict[str, Any],
-    pairs: Sequence[tuple[Image.Image, Image.Image]],
-    hardest: Sequence[dict[str, Image.Image]] = (),
-) -> str:
+
+def render_page(figures: dict[str, Any], pairs: Pairs, hardest: Sequence[dict[str, Image.Image]] = ()) -> str:
     """Returns the page of a report's figures.
 
     Args:
@@ -95,7 +93,7 @@ def _samples_note(figures: dict[str, Any]) -> str:
     )
 
 
-def _samples(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Image.Image]]) -> str:
+def _samples(figures: dict[str, Any], pairs: Pairs) -> str:
     cards = []
     for sample, (teacher, expert) in zip(figures["samples"], pairs, strict=True):
         prompt, index = escape(sample["prompt"]), sample["expert"]
