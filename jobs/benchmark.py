@@ -27,8 +27,8 @@ def main() -> None:
     arguments.add_argument("topic", choices=TOPICS)
     arguments.add_argument(
         "--run-dir",
-        help="serve, simulator, mixture: a finished demo run, in place of experts cut for it; switches: a demo run whose teacher and "
-        "rows are taken, where its config made the same, and into whose report the variants go (evaluation/tried.json)",
+        help="serve, simulator, mixture: a finished demo run, in place of experts cut for it; switches: a demo run whose teacher "
+        "and rows are taken, where its config made the same, and into whose report the variants go (evaluation/tried.json)",
     )
     arguments.add_argument("--only", help="switches: names of variants, with commas between, beside the start; all by default")
     arguments.add_argument("--out", help="simulator: a folder to keep traces, step times and the fleet file in")

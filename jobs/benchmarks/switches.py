@@ -58,7 +58,9 @@ REFERENCE = {
 }
 # What the method itself is made of, each part taken out.
 ABLATIONS = {
-    "no distillation": [f"{section}.{loss}=0" for section in ("prune.weights", "finetune.weights") for loss in ("distillation", "block")],
+    "no distillation": [
+        f"{stage}.weights.{loss}=0" for stage in ("prune", "finetune") for loss in ("distillation", "block")
+    ],
     "no transport": ["prune.assignment=nearest", "router.duals=false"],
 }
 # What the demo's values were chosen among: with a second seed, because they lie close. The shipped config is the first.
@@ -175,7 +177,7 @@ def measure(say: Callable[[str], None], run_dir: str | None = None, only: str | 
                 except RayTaskError as error:  # what does not work is a result, too
                     if name == START:
                         raise
-                    figures[name] = {"failed": str(error.cause).strip().splitlines()[0] if str(error.cause).strip() else "no message"}
+                    figures[name] = {"failed": (str(error.cause).strip().splitlines() or ["no message"])[0]}
                 say(f"{name}: {figures[name]}")
     if home is not None:
         home.write_json(as_tried(variants, figures, [*sizes, *_STEPS]), *TRIED)

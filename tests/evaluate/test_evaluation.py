@@ -184,7 +184,8 @@ def test_the_report_tells_whether_hard_prompts_get_more(evaluated: tuple[Path, W
     routed = {cast.system.name: cast for cast in work.casts}["mixture"].painters
     macs = [count_macs(load_unet(folder.joinpath(*painter.parts)), (SIDE // 2, SIDE // 2), TOKENS) for painter in routed]
     wrong = table["error:random-routing"].to_numpy()
-    hard = {"random_routing": wrong, "one_expert": table["error:one-expert"].to_numpy(), "image_text": -table["image_text:teacher"].to_numpy()}
+    alone, scored = (table[name].to_numpy() for name in ("error:one-expert", "image_text:teacher"))
+    hard = {"random_routing": wrong, "one_expert": alone, "image_text": -scored}
     for one in found["measures"]:
         assert one["correlation"]["value"] == pytest.approx(spearmanr(macs, hard[one["kind"]]).statistic)
         assert -1 <= one["correlation"]["low"] <= one["correlation"]["high"] <= 1

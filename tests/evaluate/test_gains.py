@@ -60,7 +60,11 @@ def test_means_over_seeds_are_taken_where_there_are_some(scores: dict[str, Any])
     scores["systems"]["greedy-1"] = system(99.0, [0])
     scores["seeds"] = {
         "against": "mixture",
-        "things": {"mixture": {"runs": ["mixture"]}, "greedy": {"runs": ["greedy", "greedy-1"]}, "small": {"runs": ["small <one>"]}},
+        "things": {
+            "mixture": {"runs": ["mixture"]},
+            "greedy": {"runs": ["greedy", "greedy-1"]},
+            "small": {"runs": ["small <one>"]},
+        },
         "differences": {"frechet": {"greedy": estimate(4.0, 3.0, 5.0), "small": estimate(9.0, 8.0, 10.0)}},
     }
     found = gains(NEEDS, scores, 0.5)

@@ -23,7 +23,8 @@ def test_ratios_are_to_the_start() -> None:
     found = with_ratios(ENTRIES)
     assert [entry["name"] for entry in found] == [entry["name"] for entry in ENTRIES]
     assert found[0]["ratios"] == {"error": 1.0, "error_after_finetuning": 1.0}
-    assert found[1]["ratios"]["error"] == pytest.approx(10) and found[3]["ratios"]["error_after_finetuning"] == pytest.approx(0.75)
+    assert found[1]["ratios"]["error"] == pytest.approx(10)
+    assert found[3]["ratios"]["error_after_finetuning"] == pytest.approx(0.75)
     assert found[2]["ratios"] == {} and found[1]["figures"] == ENTRIES[1]["figures"]
 
 
