@@ -52,9 +52,9 @@ def _note(start: dict[str, Any]) -> str:
         f"Every variant was pruned anew from the start{changes} with the changes under its name, on the same rows in the same "
         "order, and judged on the same held-out rows under the same noise. Error: the teacher's output under the experts' masks "
         "against its own, squared, over its mean square, before any fine-tuning; fine-tuned: the squared error as it is after a "
-        "short shared fine-tuning. &times;: over the start's, below 1 is better. Style information: normalized mutual information of "
-        "expert and style (0: none). Experts in use: perplexity of their shares. Largest overlap: share of entries in which two "
-        "codes agree. One run each, unless a second seed is listed: small differences are chance."
+        "short shared fine-tuning. &times;: over the start's, below 1 is better. Style information: normalized mutual "
+        "information of expert and style (0: none). Experts in use: perplexity of their shares. Largest overlap: share of "
+        "entries in which two codes agree. One run each, unless a second seed is listed: small differences are chance."
     )
 
 
