@@ -106,8 +106,10 @@ def hardness_figures(table: pa.Table | None, scores: dict[str, Any] | None) -> d
         for one in measures
     ]
     first = measures[0]
-    shown = [own, first.system] if first.kind != "image_text" else [own]
-    shown += [name for name, one in systems.items() if one["kind"] == "teacher"][:1]
+    teachers = sorted(
+        (name for name, one in systems.items() if one["kind"] == "teacher"), key=lambda name: -systems[name]["macs_per_image"]
+    )
+    shown = [name for name in dict.fromkeys([own, first.system, *teachers[:1]]) if column(FILE, name) in table.column_names]
     hardest = []
     for row in np.argsort(-first.values, kind="stable")[:_HARDEST].tolist():
         value = float(first.values[row])
@@ -118,7 +120,7 @@ def hardness_figures(table: pa.Table | None, scores: dict[str, Any] | None) -> d
                 "macs_ratio": None if teacher is None else float(macs[row] / teacher),
                 **({"image_text": -value} if first.kind == "image_text" else {"psnr": psnr([value**0.5])}),
                 "key": table[KEY][row].as_py(),
-                "files": {name: table[column(FILE, name)][row].as_py() for name in dict.fromkeys(shown)},
+                "files": {name: table[column(FILE, name)][row].as_py() for name in shown},
             }
         )
     return {"captions": table.num_rows, "measures": correlations, "hardest": hardest}
