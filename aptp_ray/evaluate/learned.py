@@ -25,7 +25,7 @@ def learned(found: dict[str, Any], images: Sequence[dict[str, Image.Image]]) -> 
         "more."
     )
     cells = "".join(_hard(one, drawn) for one, drawn in zip(found["hardest"], images, strict=True))
-    body = table(["how hard a caption is", "rank correlation with its expert's MACs"], rows, narrow=True)
+    body = table(["how hard a caption is", "correlation"], rows, narrow=True)
     return section(
         "Do hard prompts get more MACs?",
         f"{note} {_verdict(found['measures'][0])}",

@@ -60,14 +60,13 @@ def _note(start: dict[str, Any]) -> str:
 
 def _named(entry: dict[str, Any], is_start: bool) -> str:
     changes = "" if is_start or not entry.get("changes") else f"<small class=changes>{_code(entry['changes'])}</small>"
-    return f"<b>{escape(entry['name'])}</b>{changes}"
+    # A reason is a sentence: in a column of figures it would stretch the table.
+    failed = "" if entry.get("figures") else f"<small class=changes>failed: {escape(entry.get('failed') or 'no figures')}</small>"
+    return f"<b>{escape(entry['name'])}</b>{changes}{failed}"
 
 
 def _cells(entry: dict[str, Any], shown: Sequence[str], is_start: bool) -> list[str]:
-    figures = entry.get("figures") or {}
-    if not figures:
-        return [f"<small>failed: {escape(entry.get('failed') or 'no figures')}</small>", *[""] * (len(shown) - 1)]
-    cells = []
+    figures, cells = entry.get("figures") or {}, []
     for name in shown:
         value, ratio = figures.get(name), entry["ratios"].get(name)
         times = "" if ratio is None or is_start else f" <small>&times;&nbsp;{ratio:.2f}</small>"
