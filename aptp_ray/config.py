@@ -20,6 +20,7 @@ from aptp_ray.credentials import has_password, masked, revealed
 from aptp_ray.evaluate_sections import Evaluation
 from aptp_ray.sections import (
     HOW,
+    YOUNG,
     Compute,
     ConfigError,
     Data,
@@ -144,7 +145,8 @@ def stage_hash(config: Config, stage: str) -> str:
     """Returns a hash of all that decides what ``stage`` writes, the stages before it included.
 
     Where and how fast a thing is made does not change what it is: ``compute``, ``serve``, ``tracking``, ``run_dir``,
-    ``name`` (a label) and the fields marked ``HOW`` never invalidate a finished stage.
+    ``name`` (a label) and the fields marked ``HOW`` never invalidate a finished stage, nor does a field marked ``YOUNG`` that
+    has its default: the stage was made before there was the field.
 
     Raises:
         KeyError: if ``stage`` is not one of :data:`STAGES`.
@@ -188,11 +190,11 @@ def _addresses(section: Section, name: str) -> dict[str, str]:
 
 
 def _what(section: Section) -> dict[str, Any]:
-    """A section as plain values, without the fields marked ``HOW``."""
+    """A section as plain values, without the fields marked ``HOW``, nor those marked ``YOUNG`` that have their default."""
     tree = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if HOW in field.metadata:
+        if HOW in field.metadata or (YOUNG in field.metadata and value == field.default):
             del tree[name]
         elif isinstance(value, Section):
             tree[name] = _what(value)

@@ -15,6 +15,10 @@ MOST_IMAGES = 32  # of one UNet call, where the config sets no limit
 # In the annotation of a field that says where or how fast a thing is made, never what: it is in no stage's hash.
 HOW = "how"
 
+# In the annotation of a field that is younger than runs worth keeping: at its default, which is what they were made with, it is
+# in no stage's hash.
+YOUNG = "young"
+
 
 class UserError(Exception):
     """Something that the user can mend; the message is one line and says what to change."""

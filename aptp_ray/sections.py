@@ -26,7 +26,7 @@ from aptp_ray.data_sections import (
     TsvPart,
     WebDataset,
 )
-from aptp_ray.section import HOW, ConfigError, Fraction, Positive, Precision, Section, UserError
+from aptp_ray.section import HOW, YOUNG, ConfigError, Fraction, Positive, Precision, Section, UserError
 from aptp_ray.serve_sections import Serve
 
 
@@ -228,6 +228,10 @@ class Prune(Section):
     )
     noise_per: Literal["code", "sample"] = Field("code", description="one Gumbel draw a step for each code, or for each sample")
     noisy_similarity: bool = Field(False, description="compare codes under the step's noise (reference); needs noise_per=code")
+    assignment: Annotated[Literal["transport", "nearest"], YOUNG] = Field(
+        "transport", description="which code a prompt trains; transport: by a balanced plan of the batch; nearest: the most "
+        "similar one, whatever shares that gives (with router.duals=false it is routed that way, too)"
+    )
     normalise_blocks: bool = Field(
         True, description="divide a block's error by the mean square of the teacher's output there; false: as it is (reference)"
     )
@@ -364,4 +368,5 @@ __all__ = [
     "UserError",
     "VaeTraining",
     "WebDataset",
+    "YOUNG",
 ]

@@ -8,6 +8,7 @@
     python jobs/benchmark.py formats   an expert compiled, channels last, with eight-bit weights: time and output error
     python jobs/benchmark.py mixture   aptp_ray.MixturePipeline against the engine alone [--run-dir URI]
     python jobs/benchmark.py switches  the prune stage's departures from the reference, each taken back on the demo
+                                       [--only NAME,NAME] [--run-dir URI]
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ TOPICS = ("data", "train", "serve", "simulator", "experts", "formats", "mixture"
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("topic", choices=TOPICS)
-    arguments.add_argument("--run-dir", help="serve, simulator, mixture: a finished demo run, in place of experts cut for it")
+    arguments.add_argument(
+        "--run-dir",
+        help="serve, simulator, mixture: a finished demo run, in place of experts cut for it; switches: a demo run whose teacher "
+        "and rows are taken, where its config made the same, and into whose report the variants go (evaluation/tried.json)",
+    )
+    arguments.add_argument("--only", help="switches: names of variants, with commas between, beside the start; all by default")
     arguments.add_argument("--out", help="simulator: a folder to keep traces, step times and the fleet file in")
     options = arguments.parse_args()
-    if options.run_dir and options.topic not in ("serve", "simulator", "mixture"):
-        arguments.error("--run-dir is for the topics serve, simulator and mixture")
+    if options.run_dir and options.topic not in ("serve", "simulator", "mixture", "switches"):
+        arguments.error("--run-dir is for the topics serve, simulator, mixture and switches")
+    if options.only and options.topic != "switches":
+        arguments.error("--only is for the topic switches")
     if options.out and options.topic != "simulator":
         arguments.error("--out is for the topic simulator")
-    given = {name: value for name in ("run_dir", "out") if (value := getattr(options, name))}
+    given = {name: value for name in ("run_dir", "out", "only") if (value := getattr(options, name))}
     begun = time.monotonic()
     with errors_on_one_line():
         figures = import_module(f"benchmarks.{options.topic}").measure(say, **given)

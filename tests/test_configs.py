@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from aptp_ray.config import STAGES, Config, ConfigError, load_config, parse_config, stage_hash
-from aptp_ray.sections import Section
+from aptp_ray.config import STAGES, Config, ConfigError, _decided_by, load_config, parse_config, stage_hash
+from aptp_ray.section import YOUNG, Section
+from aptp_ray.sections import Prune
 
 CONFIGS = Path(__file__).resolve().parents[1] / "jobs" / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -236,6 +237,13 @@ def test_a_hash_is_stable_and_survives_yaml() -> None:
     assert hashes() == hashes()
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in hashes().values())
     assert stage_hash(parse_config(yaml.safe_load(config.to_yaml())), "finetune") == stage_hash(config, "finetune")
+
+
+def test_a_young_field_leaves_the_hashes_of_older_runs() -> None:
+    young = [name for name, field in Prune.model_fields.items() if YOUNG in field.metadata]
+    assert young == ["assignment"] and not set(young) & set(_decided_by(parse_config(small()))["prune"]["prune"])
+    assert changed(prune={"assignment": "transport"}) == set()
+    assert changed(prune={"assignment": "nearest"}) == since("prune")
 
 
 def test_the_order_of_keys_does_not_matter() -> None:

@@ -112,18 +112,20 @@ def collapse_warning(
     floor: float,
     budget: float,
     duals: bool = True,
+    transport: bool = True,
 ) -> str | None:
     """Says what has collapsed, and which knob of the configuration to turn.
 
     Args:
         codes: of `code_statistics`.
-        shares: [K] running shares that the transport gave.
+        shares: [K] running shares that the assignment gave.
         routed_shares: [K] running shares that deterministic routing would have given.
         embedding_spread: of the last batch.
-        agreement: share of prompts that deterministic routing sends where the transport does.
+        agreement: share of prompts that deterministic routing sends where the assignment does.
         floor: the MACs ratio of the smallest possible code.
         budget: of the mean ratio.
         duals: whether routing uses the transport's duals.
+        transport: whether the assignment is the transport's; else each prompt trains its nearest code.
 
     Returns:
         One line for each thing that collapsed, or None. A single code cannot collapse.
@@ -144,7 +146,9 @@ def collapse_warning(
             "prune.warmup_fraction so that they part further, or lower router.experts"
         )
     least = 1 + LEAST_PERPLEXITY * (num_codes - 1)
-    if (used := perplexity(shares)) < least:
+    if (used := perplexity(shares)) < least and not transport:
+        found.append(f"prompts train {used:.1f} of {num_codes} codes, their nearest ones: set prune.assignment=transport")
+    elif used < least:
         found.append(
             f"the transport uses {used:.1f} of {num_codes} codes: lower router.epsilon (at a large one the plan is nearly "
             "uniform, and a prompt's largest entry is chance), or raise prune.loop.global_batch_size"

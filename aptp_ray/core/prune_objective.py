@@ -29,15 +29,16 @@ from aptp_ray.core.losses import (
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.relaxation import straight_through
 from aptp_ray.core.running import BlockRecorder, run_unet
-from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, own_rows, prefer_lowest
+from aptp_ray.core.transport import Assignment, balanced_assignment, gather_rows, nearest_assignment, own_rows, prefer_lowest
 
 Phase = Literal["warmup", "codes"]
+AssignmentRule = Literal["transport", "nearest"]
 
 
 class PruneObjective(nn.Module):
     """The prune stage's step: only the router's predictor and codes have gradients; wrap it in DDP as it is.
 
-    In the warm-up every prompt runs under its own e. Then every prompt runs under the code that the transport gives it:
+    In the warm-up every prompt runs under its own e. Then every prompt runs under the code that the assignment gives it:
     the task (through the UNet) and the budget move the codes, `contrastive` and `commitment` move e.
 
     The keyword switches are the departures from the reference implementation, each at the design's choice by default.
@@ -57,6 +58,7 @@ class PruneObjective(nn.Module):
         prediction_type: PredictionType,
         budget: float,
         gamma: float | None = 5.0,
+        assignment: AssignmentRule = "transport",
         assignment_epsilon: float = 0.3,
         relative_epsilon: bool = True,
         temperature: float = 0.03,
@@ -79,6 +81,8 @@ class PruneObjective(nn.Module):
             prediction_type: the scheduler's.
             budget: target of the mean MACs ratio.
             gamma: of the min-SNR weights.
+            assignment: which code a prompt trains: "transport" shares the batch out evenly, "nearest" takes each prompt's most
+                similar code and leaves the router's duals as they are.
             assignment_epsilon: the transport's regularization.
             relative_epsilon: whether in units of the similarities' standard deviation.
             temperature: of the contrastive loss.
@@ -97,7 +101,7 @@ class PruneObjective(nn.Module):
         """
         super().__init__()
         check_prediction_type(prediction_type)
-        _check_choices(macs, budget, unet_masks, resource_masks, noise_per, noisy_similarity)
+        _check_choices(macs, budget, assignment, unet_masks, resource_masks, noise_per, noisy_similarity)
         self.router, self.gated, self.macs = router, gated.requires_grad_(False).eval(), macs
         self._blocks = BlockRecorder(gated.unet)
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone(), persistent=False)
@@ -106,7 +110,7 @@ class PruneObjective(nn.Module):
         self.register_buffer("shares", torch.zeros(router.num_codes, dtype=torch.float64))
         self.register_buffer("routed_shares", torch.zeros(router.num_codes, dtype=torch.float64))
         self.prediction_type, self.budget, self.gamma = prediction_type, budget, gamma
-        self.assignment_epsilon, self.relative_epsilon = assignment_epsilon, relative_epsilon
+        self.assignment, self.assignment_epsilon, self.relative_epsilon = assignment, assignment_epsilon, relative_epsilon
         self.contrastive: dict[str, Any] = {
             "temperature": temperature,
             "contrastive_form": contrastive_form,
@@ -150,7 +154,7 @@ class PruneObjective(nn.Module):
             The losses named in `PRUNE_LOSSES`, and statistics: `macs_ratio` (mean; what `resource` sees),
             `macs_ratio_std`, `embedding_spread`; in phase "codes" also `assignment_counts` [K], `assignment_converged`,
             `assignment_residual`, `assignment_epsilon`, `assignment_perplexity` and `routed_perplexity` (codes in use, by
-            the running shares), `similarity_std`, and `agreement` of the transport with deterministic routing under the
+            the running shares), `similarity_std`, and `agreement` of the assignment with deterministic routing under the
             past steps' duals.
         """
         if phase not in ("warmup", "codes"):
@@ -194,7 +198,11 @@ class PruneObjective(nn.Module):
         router = self.router
         similarity = router.similarity(e_all.detach(), noise=noise if self.noisy_similarity else None).detach()
         # Every rank has the same rows and computes the same plan.
-        assignment = balanced_assignment(similarity, epsilon=self.assignment_epsilon, relative=self.relative_epsilon)
+        assignment = (
+            balanced_assignment(similarity, epsilon=self.assignment_epsilon, relative=self.relative_epsilon)
+            if self.assignment == "transport"
+            else nearest_assignment(similarity)
+        )
         index, own = assignment.index, assignment.index[rows]
         stats = self._assignment_stats(assignment, similarity)
         if self.noise_per == "code":
@@ -219,7 +227,8 @@ class PruneObjective(nn.Module):
         counts = assignment.index.bincount(minlength=router.num_codes)
         routed_counts = routed.bincount(minlength=router.num_codes)
         if self.training:
-            router.track_potentials(assignment)
+            if self.assignment == "transport":
+                router.track_potentials(assignment)
             _track(self.shares, counts, router.mean_momentum)
             _track(self.routed_shares, routed_counts, router.mean_momentum)
         return {
@@ -295,12 +304,19 @@ def _track(shares: Tensor, counts: Tensor, momentum: float) -> None:
 
 
 def _check_choices(
-    macs: MacsModel, budget: float, unet_masks: str, resource_masks: str, noise_per: str, noisy_similarity: bool
+    macs: MacsModel,
+    budget: float,
+    assignment: str,
+    unet_masks: str,
+    resource_masks: str,
+    noise_per: str,
+    noisy_similarity: bool,
 ) -> None:
     floor = macs.floor / macs.total
     if not floor < budget <= 1:
         raise ValueError(f"budget {budget} is outside ({floor:.4f}, 1]: below lies what cannot be pruned")
     for name, value, allowed in (
+        ("assignment", assignment, ("transport", "nearest")),
         ("unet_masks", unet_masks, ("soft", "hard")),
         ("resource_masks", resource_masks, ("soft", "hard")),
         ("noise_per", noise_per, ("code", "sample")),

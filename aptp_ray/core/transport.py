@@ -66,16 +66,10 @@ def balanced_assignment(
     Raises:
         ValueError: not a non-empty finite matrix, a non-positive `epsilon`, or shares that do not fit.
     """
-    if similarity.ndim != 2 or 0 in similarity.shape:
-        raise ValueError(f"similarity must be [prompts, codes] with at least one of each, got {list(similarity.shape)}")
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, got {epsilon}; 0.3 (relative) is a good start")
-    scores = similarity.detach().to("cpu", torch.float64).numpy()  # [B, K]
-    if not np.isfinite(scores).all():
-        bad = int((~np.isfinite(scores)).any(axis=1).sum())
-        raise ValueError(f"similarity holds NaN or infinity in {bad} of {len(scores)} rows; did the logits diverge?")
-    num_rows, num_codes = scores.shape
-    target = _target_shares(shares, num_codes)
+    scores = _checked(similarity).numpy()
+    target = _target_shares(shares, scores.shape[1])
     # Rows may be shifted freely without changing the plan; this keeps exponents small.
     scores = scores - scores.max(axis=1, keepdims=True)
 
@@ -95,6 +89,33 @@ def balanced_assignment(
         epsilon=absolute,
         converged=residual <= tol,
         residual=residual,
+    )
+
+
+def nearest_assignment(similarity: Tensor) -> Assignment:
+    """Assigns every prompt to its most similar code, the lowest index on ties, as if all shares were welcome.
+
+    Args:
+        similarity: [B, K], as for `balanced_assignment`.
+
+    Returns:
+        an assignment without prices: potentials and `epsilon` are 0; `residual` tells how far from uniform its shares are, and
+        there was nothing to converge.
+
+    Raises:
+        ValueError: not a non-empty finite matrix.
+    """
+    scores = _checked(similarity)
+    num_rows, num_codes = scores.shape
+    index = prefer_lowest(scores)
+    plan = torch.nn.functional.one_hot(index, num_codes).double() / num_rows
+    return Assignment(
+        index=index.to(similarity.device),
+        plan=plan.to(similarity.device),
+        potentials=torch.zeros(num_codes, dtype=torch.float64, device=similarity.device),
+        epsilon=0.0,
+        converged=True,
+        residual=float((plan.sum(dim=0) * num_codes - 1).abs().max()),
     )
 
 
@@ -197,6 +218,17 @@ class _GatherRows(torch.autograd.Function):
         grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad[ctx.start : ctx.start + ctx.rows], None
+
+
+def _checked(similarity: Tensor) -> Tensor:
+    """The similarities [B, K] on the CPU in float64."""
+    if similarity.ndim != 2 or 0 in similarity.shape:
+        raise ValueError(f"similarity must be [prompts, codes] with at least one of each, got {list(similarity.shape)}")
+    scores = similarity.detach().to("cpu", torch.float64)
+    if not scores.isfinite().all():
+        bad = int((~scores.isfinite()).any(dim=1).sum())
+        raise ValueError(f"similarity holds NaN or infinity in {bad} of {len(scores)} rows; did the logits diverge?")
+    return scores
 
 
 def _target_shares(shares: Tensor | None, num_codes: int) -> np.ndarray:

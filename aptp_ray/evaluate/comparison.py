@@ -85,18 +85,23 @@ def _cell(one: dict[str, Any] | None, apart: dict[str, float | None] | None) -> 
     """A score with its interval, a star where it differs from what it is compared with, and the value of each of several runs."""
     if one is None:
         return ""
-    star = "*" if apart and None not in apart.values() and apart["low"] * apart["high"] > 0 else ""  # type: ignore[operator]
+    star = "*" if apart and _without_zero(apart) else ""
     runs = one.get("values", [])
     each = f" <small>({'; '.join(f'{value:.4g}' for value in runs)})</small>" if len(runs) > 1 else ""
     return f"{_with_interval(one)}{star}{each}"
 
 
-def _with_interval(one: dict[str, float | None]) -> str:
+def _without_zero(apart: dict[str, float | None]) -> bool:
+    low, high = apart["low"], apart["high"]
+    return low is not None and high is not None and low * high > 0
+
+
+def _with_interval(one: dict[str, float | None], style: str = ".4g") -> str:
     if one["value"] is None:
         return "not a number"
     low, high = one["low"], one["high"]
-    interval = "" if low is None or high is None else f" <small>[{low:.4g}, {high:.4g}]</small>"
-    return f"{one['value']:.4g}{interval}"
+    interval = "" if low is None or high is None else f" <small>[{low:{style}}, {high:{style}}]</small>"
+    return f"{one['value']:{style}}{interval}"
 
 
 # -- quality against compute -----------------------------------------------------------------------------------------------
@@ -204,8 +209,13 @@ def _mark(look: tuple[str, str], x: float, y: float) -> str:
 # -- needs ---------------------------------------------------------------------------------------------------------------
 
 
-def tailoring(needs: dict[str, Any]) -> str:
-    """Returns the section of ``evaluation/needs.json``: whether kinds of prompts need different parts of the teacher, or more."""
+def tailoring(needs: dict[str, Any], gains: dict[str, Any] | None = None) -> str:
+    """Returns the section of ``evaluation/needs.json``: whether kinds of prompts need different parts of the teacher, or more.
+
+    Args:
+        needs: what the file holds.
+        gains: from :func:`~aptp_ray.evaluate.gains.gains`: what was predicted beside what was measured.
+    """
     between = {tuple(pair.split(" | ")): value for pair, value in needs["between"].items()}
     least, most = min(between, key=between.__getitem__), max(between, key=between.__getitem__)
     halves = needs["within"].values()
@@ -226,7 +236,37 @@ def tailoring(needs: dict[str, Any]) -> str:
             f"That predicts an error of {found['unequal']:.5f} in place of {found['equal']:.5f} with equal sizes, before "
             "fine-tuning.</p>"
         )
-    return section("Is there anything to tailor?", note, body)
+    return section("Is there anything to tailor?", note, body + (_gains(gains) if gains else ""))
+
+
+def _gains(found: dict[str, Any]) -> str:
+    """What the error curves predict, beside what the mixture gained over systems of one code at its MACs."""
+    predicted, measured = found["predicted"], found["measured"]
+    names = [name for name in ("teacher_psnr", *_SCORES) if any(name in one["scores"] for one in measured)]
+    names = list(dict.fromkeys(names))  # likeness first: it is what was predicted
+    head = ["mixture against", "runs", "predicted, dB", *(_SCORES[name] for name in names)]
+    rows = [
+        [
+            escape(one["system"]),
+            str(one["runs"]),
+            f"{predicted['decibels']:+.2f}",
+            *(_gain(one["scores"].get(name)) for name in names),
+        ]
+        for one in measured
+    ]
+    note = (
+        f"<h3>Predicted and measured</h3><p class=note>At {found['at']:.0%} of the MACs the curves predict an error of "
+        f"{predicted['unequal']:.5f} in place of {predicted['equal']:.5f}, a gain of {predicted['decibels']:.2f} dB by sizes "
+        "alone: of one denoising step, before fine-tuning, with an expert for each kind. Beside it, what this mixture gained "
+        "over one code for all captions at the same MACs, on whole images, after fine-tuning, by its own routing: above zero the "
+        "mixture is better, whichever way the score counts; a star marks an interval without zero. Likeness to the teacher comes "
+        "closest to what is predicted.</p>"
+    )
+    return f"{note}{table(head, rows)}"
+
+
+def _gain(one: dict[str, float | None] | None) -> str:
+    return "" if one is None else f"{_with_interval(one, '+.3g')}{'*' if _without_zero(one) else ''}"
 
 
 # -- facts -----------------------------------------------------------------------------------------------------------------

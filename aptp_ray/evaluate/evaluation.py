@@ -14,7 +14,9 @@ import torch
 
 from aptp_ray.artifacts import RunDir, versions
 from aptp_ray.config import Config, ConfigError
+from aptp_ray.evaluate import distances
 from aptp_ray.evaluate.bootstrap import differences, draws, estimate, traffic_weights
+from aptp_ray.evaluate.captions import write_captions
 from aptp_ray.evaluate.drawn_shards import Shard, plan, read_shard
 from aptp_ray.evaluate.encoders import Encoded, Encoders
 from aptp_ray.evaluate.generation import Drawn, artists, draw, missing
@@ -62,7 +64,7 @@ def actors_of(config: Config) -> int:
 
 
 def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, references: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Draws what is missing, scores every system and writes ``evaluation/scores.json``.
+    """Draws what is missing, scores every system and writes ``evaluation/captions.parquet``, then ``evaluation/scores.json``.
 
     Args:
         config: the whole tree.
@@ -93,7 +95,7 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
     errors = errors_against(run, work.shards, Painter(run.uri, None, config.sampling.num_inference_steps))
     counts = draws(len(work.captions), config.evaluation.replicates, seed=config.evaluation.seed)
     found: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
-    systems = {}
+    systems, image_text = {}, {}
     for cast in work.casts:
         encoded = _gather(work.captions, cast, seen, places)
         facts = [one.facts for one in work.captions]
@@ -102,6 +104,8 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
         wrong = [errors.get((painter, one.key)) for painter, one in zip(cast.painters, work.captions, strict=True)]
         sample = Sample(encoded, encoders.answers(encoded, facts), weights, None if None in wrong else np.array(wrong))
         name = cast.system.name
+        if texts is not None and encoded.embeddings is not None:
+            image_text[name] = distances.clip_score(encoded.embeddings, texts)
         found[name] = replicated(scores_of(reference, sample, texts), counts, weights)
         systems[name] = {
             **describe(cast, costs),
@@ -129,6 +133,7 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
         "better": {name: "higher" if higher else "lower" for name, higher in HIGHER_IS_BETTER.items()},
         "versions": versions(),
     }
+    write_captions(run, work.captions, work.casts, places=places, errors=errors, image_text=image_text)
     run.write_json(_finite(result), *SCORES)
     return result
 

@@ -8,35 +8,37 @@ from typing import Any
 
 from PIL import Image
 
+from aptp_ray.evaluate.cards import KINDS, cards
 from aptp_ray.evaluate.comparison import comparison, tailoring
 from aptp_ray.evaluate.grid import expert_color
+from aptp_ray.evaluate.learned import learned
 from aptp_ray.evaluate.style import CSS
+from aptp_ray.evaluate.tried import tried
 from aptp_ray.evaluate.widgets import bar, dot, duration, inline, section, si, span
 
-_KINDS = {
-    "resnet": "ResNet groups",
-    "attention": "attention heads",
-    "feed_forward": "feed-forward chunks",
-    "depth": "whole blocks",
-}
+Pairs = Sequence[tuple[Image.Image, Image.Image]]
 
 
-def render_page(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Image.Image]]) -> str:
+def render_page(figures: dict[str, Any], pairs: Pairs, hardest: Sequence[dict[str, Image.Image]] = ()) -> str:
     """Returns the page of a report's figures.
 
     Args:
         figures: what ``report/report.json`` holds, see ``evaluate/report.py``.
         pairs: the teacher's and the expert's image of each sample.
+        hardest: images of the hardest captions, {system: image}.
     """
     sections = [
         _header(figures),
         section("Samples", _samples_note(figures), _samples(figures, pairs)),
         comparison(figures["evaluation"]) if figures.get("evaluation") else "",
-        tailoring(figures["needs"]) if figures.get("needs") else "",
+        tailoring(figures["needs"], figures.get("gains")) if figures.get("needs") else "",
         section("Experts", _experts_note(figures), _experts(figures)),
+        cards(figures, pairs),
+        learned(figures["hardness"], hardest) if figures.get("hardness") else "",
         section("What decides the route", _routing_note(figures), _routing(figures)),
         section("Where the compute goes", _sites_note(), _sites(figures)),
         section("How alike the experts are", "Share of entries in which two experts' codes agree.", _overlap(figures)),
+        tried(figures.get("tried") or []),
         section("How it was made", "", _made(figures)),
     ]
     return (
@@ -91,7 +93,7 @@ def _samples_note(figures: dict[str, Any]) -> str:
     )
 
 
-def _samples(figures: dict[str, Any], pairs: Sequence[tuple[Image.Image, Image.Image]]) -> str:
+def _samples(figures: dict[str, Any], pairs: Pairs) -> str:
     cards = []
     for sample, (teacher, expert) in zip(figures["samples"], pairs, strict=True):
         prompt, index = escape(sample["prompt"]), sample["expert"]
@@ -239,7 +241,7 @@ def _sites(figures: dict[str, Any]) -> str:
         f"{_strip(sites, fixed, total, expert['id'])}</div>"
         for expert in figures["experts"]
     )
-    legend = "".join(f"<span><i class='dot {kind}'></i>{name}</span>" for kind, name in _KINDS.items())
+    legend = "".join(f"<span><i class='dot {kind}'></i>{name}</span>" for kind, name in KINDS.items())
     legend += "<span><i class='dot fixed'></i>not prunable</span>"
     return (
         f"<p class=legend>{legend}</p>{strips}<div class='strip axis'><span></span><div>{axis}</div></div>{_kept(figures)}"
@@ -251,7 +253,7 @@ def _strip(sites: list[dict[str, Any]], fixed: int, total: int, expert: int) -> 
     everything = [*sites, {"name": "not prunable", "kind": "fixed", "macs": fixed, "kept": None}]
     for site in everything:
         width, kept = 1000 * site["macs"] / total, 1.0 if site["kept"] is None else site["kept"][expert]
-        name = escape(f"{site['name']} ({_KINDS.get(site['kind'], 'always there')}): {kept:.0%} kept")
+        name = escape(f"{site['name']} ({KINDS.get(site['kind'], 'always there')}): {kept:.0%} kept")
         bars.append(
             f'<g class={site["kind"]}><title>{name}</title><rect class=all x="{x:.2f}" width="{width:.2f}" height="40"/>'
             f'<rect x="{x:.2f}" y="{40 * (1 - kept):.2f}" width="{width:.2f}" height="{40 * kept:.2f}"/></g>'
@@ -262,8 +264,8 @@ def _strip(sites: list[dict[str, Any]], fixed: int, total: int, expert: int) -> 
 
 
 def _kept(figures: dict[str, Any]) -> str:
-    kinds = [kind for kind in _KINDS if kind in figures["experts"][0]["kept"]]
-    head = "".join(f"<th>{_KINDS[kind]}</th>" for kind in kinds)
+    kinds = [kind for kind in KINDS if kind in figures["experts"][0]["kept"]]
+    head = "".join(f"<th>{KINDS[kind]}</th>" for kind in kinds)
     rows = "".join(
         f"<tr><td class=name>{dot(expert['id'])}expert {expert['id']}</td>"
         + "".join(

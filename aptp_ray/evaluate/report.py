@@ -20,11 +20,16 @@ from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.data.schema import CAPTION, EXPERT, GROUP, KEY, METADATA
 from aptp_ray.evaluate import measures
+from aptp_ray.evaluate.captions import read_evaluated
+from aptp_ray.evaluate.cards import card_figures
 from aptp_ray.evaluate.evaluation import SCORES
+from aptp_ray.evaluate.gains import gains
 from aptp_ray.evaluate.generate import Drawn, Sample, draw_samples
 from aptp_ray.evaluate.grid import expert_color, grid_of
+from aptp_ray.evaluate.hardness import hardest_images, hardness_figures
 from aptp_ray.evaluate.needs import NEEDS
 from aptp_ray.evaluate.page import render_page
+from aptp_ray.evaluate.tried import TRIED, with_ratios
 
 # The column in which assigned/validation.parquet holds where a row's other captions are routed.
 _ALTERNATE_EXPERTS = "alternate_experts"
@@ -63,16 +68,23 @@ def build_report(config: Config, run: RunDir, prompts: Sequence[str] = ()) -> di
         latent_size=macs.latent_size,
         num_tokens=macs.num_tokens,
     )
+    # Of the same run, as far as jobs/evaluate.py, jobs/needs.py and jobs/benchmark.py have been there.
+    scores, needs, tried = (run.read_json(*parts) if run.exists(*parts) else None for parts in (SCORES, NEEDS, TRIED))
+    routed = rows.column(EXPERT).to_pylist()
+    hardness = hardness_figures(read_evaluated(run), scores)
     figures = {
         "name": config.name,
-        **cost_figures(config, run, router, macs, rows.column(EXPERT).to_pylist(), drawn),
+        **cost_figures(config, run, router, macs, routed, drawn),
+        "cards": card_figures(router, rows.column(CAPTION).to_pylist(), routed),
         "routing": routing_figures(run, rows, router, seed=config.report.seed),
         "sites": site_figures(router, macs),
         **sample_figures(drawn.samples),
         "sampling": config.sampling.model_dump(mode="json") | {"resolution": config.data.resolution},
-        # Of the same run, if jobs/evaluate.py has been there.
-        "evaluation": run.read_json(*SCORES) if run.exists(*SCORES) else None,
-        "needs": run.read_json(*NEEDS) if run.exists(*NEEDS) else None,
+        "evaluation": scores,
+        "needs": needs,
+        "gains": gains(needs, scores, config.prune.budget) if needs else None,
+        "hardness": hardness,
+        "tried": with_ratios(tried) if tried else None,
         "stages": [
             {"name": name, "seconds": entry.get("seconds"), "finished_at": entry["finished_at"]}
             for name, entry in sorted(run.manifest()["stages"].items(), key=lambda item: item[1]["finished_at"])
@@ -83,7 +95,8 @@ def build_report(config: Config, run: RunDir, prompts: Sequence[str] = ()) -> di
     sheet = sample_sheet(drawn.samples, [expert["macs_ratio"] for expert in figures["experts"]])
     run.write_bytes(_png(sheet), "images", "samples.png")
     pairs = [(Image.fromarray(s.teacher_image), Image.fromarray(s.expert_image)) for s in drawn.samples]
-    run.write_bytes(render_page(figures, pairs).encode(), "report", "index.html")
+    hardest = hardest_images(run, hardness["hardest"]) if hardness else []
+    run.write_bytes(render_page(figures, pairs, hardest).encode(), "report", "index.html")
     run.write_json(figures, "report", "report.json")  # last: it says that the report is whole
     return _summary(figures)
 

@@ -66,6 +66,24 @@ g.depth { fill: var(--depth); } g.fixed { fill: var(--fixed); }
 .axis > div { display: flex; }
 .axis > div span { color: var(--soft); font-size: 12px; border-top: 2px solid var(--line); margin: 0; padding-top: 4px; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; text-align: center; box-shadow: inset 1px 0 var(--ground), inset -1px 0 var(--ground); }
+h4 { font-size: 13px; font-weight: 500; color: var(--soft); margin: 16px 0 4px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 20px; }
+.card { border: 1px solid var(--line); border-top: 4px solid; border-radius: 10px; padding: 16px 18px 18px; min-width: 0;
+  break-inside: avoid; font-size: 15px; }
+.card h3 { margin: 0 0 8px; } .card p, .card ul { margin: 0; } .card ul { padding: 0; list-style: none; }
+.card small { color: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; }
+.card .figures { display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--soft); font-size: 14px; }
+.card .figures b { color: var(--ink); font-size: 20px; font-variant-numeric: tabular-nums; }
+.kept li { display: flex; justify-content: space-between; gap: 8px; font-variant-numeric: tabular-nums; }
+.kept li > span:last-child { white-space: nowrap; }
+.words span { white-space: nowrap; } .words, .prompts { overflow-wrap: anywhere; }
+.prompts li { margin: 3px 0; line-height: 1.35; }
+.thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: 6px; }
+.thumbs img { width: 100%; max-width: 128px; aspect-ratio: 1; object-fit: contain; background: #fff; border: 1px solid var(--line);
+  border-radius: 6px; }
+.wrapped td.name { white-space: normal; min-width: 12em; } .hard { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
+td.name b { font-weight: 500; } .changes { display: block; white-space: normal; min-width: 16em; line-height: 1.4; }
+code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 @media (max-width: 600px) { main { padding: 32px 18px 64px; } h1 { font-size: 30px; }
   .stack { grid-template-columns: 84px 1fr 44px; } .strip { grid-template-columns: 84px 1fr; } }
 @media print { section { break-inside: avoid; } }

@@ -82,6 +82,7 @@ def prune_worker(settings: dict[str, Any]) -> None:
         prediction_type=schedule.prediction_type,
         budget=spec.budget,
         gamma=spec.min_snr_gamma,
+        assignment=spec.assignment,
         assignment_epsilon=config.router.epsilon,
         relative_epsilon=config.router.relative_epsilon,
         temperature=spec.contrastive_temperature,

@@ -60,6 +60,7 @@ class CodeWatch:
             floor=macs.floor / macs.total,
             budget=objective.budget,
             duals=router.duals,
+            transport=objective.assignment == "transport",
         )
         if warning is not None and step - self._warned >= self._every:
             self._warned = step

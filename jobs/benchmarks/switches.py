@@ -16,9 +16,10 @@ from typing import Any
 import ray
 import torch
 from diffusers import UNet2DConditionModel
+from ray.exceptions import RayTaskError
 
-from aptp_ray.artifacts import RunDir, open_run
-from aptp_ray.config import Config, load_config
+from aptp_ray.artifacts import RunDir, load_run, open_run
+from aptp_ray.config import Config, ConfigError, OpenMoji, load_config
 from aptp_ray.core.collapse import largest_of_pairs, overlaps, perplexity
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.losses import add_noise
@@ -28,6 +29,7 @@ from aptp_ray.data.encoded import read_first
 from aptp_ray.data.schema import METADATA
 from aptp_ray.encoding import Encoding
 from aptp_ray.evaluate.measures import normalized_mutual_information
+from aptp_ray.evaluate.tried import TRIED
 from aptp_ray.reuse import take_over
 from aptp_ray.sections import PruneWeights
 from aptp_ray.train.draws import Draws, decode_encoded
@@ -53,6 +55,13 @@ REFERENCE = {
     "block errors as they are": ["prune.normalise_blocks=false", "prune.weights.block=0.02"],
     "soft MACs": ["prune.resource_masks=soft"],
     "noise for each sample": ["prune.noise_per=sample"],
+}
+# What the method itself is made of, each part taken out.
+ABLATIONS = {
+    "no distillation": [
+        f"{stage}.weights.{loss}=0" for stage in ("prune", "finetune") for loss in ("distillation", "block")
+    ],
+    "no transport": ["prune.assignment=nearest", "router.duals=false"],
 }
 # What the demo's values were chosen among: with a second seed, because they lie close. The shipped config is the first.
 _HARD = "prune.unet_masks=hard"
@@ -80,26 +89,76 @@ MIXTURES = {
 START = "all departures, and contrast"
 HELD_OUT, BATCH = 512, 64
 VALIDATION = ("encoded", "validation")
-_SIZES = ["data.source.train_images=4000", "data.source.validation_images=512", "tracking.mode=disabled", "prune.budget=0.5"]
+_SIZES = {"train_images": 4000, "validation_images": HELD_OUT}
+_BUDGET = ["prune.budget=0.5"]
 _CONTRAST = f"prune.weights.contrastive={PruneWeights().contrastive}"
-_STEPS = [_CONTRAST, "prune.loop.steps=120", "finetune.shared.steps=40", "finetune.shared.checkpoint_every_steps=40"]
+_STEPS = [*_BUDGET, _CONTRAST, "prune.loop.steps=120", "finetune.shared.steps=40", "finetune.shared.checkpoint_every_steps=40"]
 # Variants run side by side, one a core: that keeps all cores at work, and twenty runs in half the time.
-_ALONE = ["compute.workers=1", "compute.threads_per_worker=1"]
+_ALONE = ["compute.workers=1", "compute.threads_per_worker=1", "tracking.mode=disabled"]
 
 
-def measure(say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs every variant; returns its figures by name, those of the start first."""
+def all_variants() -> dict[str, list[str]]:
+    """The changes of every variant by its name, the start first."""
     joined = [option for name, options in REFERENCE.items() if name != "noise for each sample" for option in options]
-    variants = {START: [], "all as the reference": joined, **REFERENCE, **CHOICES}
+    variants = {START: [], "all as the reference": joined, **REFERENCE, **ABLATIONS, **CHOICES}
     again = {f"{name}, second seed": [*variants[name], "prune.loop.seed=1"] for name in (START, *CHOICES)}
-    waiting = list((variants | again | MIXTURES).items())
-    order = [name for name, _ in waiting]
-    figures: dict[str, Any] = {}
+    return variants | again | MIXTURES
+
+
+def chosen(only: str | None, variants: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The variants named in a list with commas (names hold commas themselves), after the start that they are measured against.
+
+    Raises:
+        ConfigError: if a name is unknown.
+    """
+    if only is None:
+        return variants
+    parts, names = [part.strip() for part in only.split(",")], {START}
+    while parts:
+        # The longest first: "no contrast, second seed" is one name, and so is its beginning.
+        length = next((n for n in range(len(parts), 0, -1) if ", ".join(parts[:n]) in variants), 0)
+        if not length:
+            raise ConfigError(f"--only: no variant is called {parts[0]!r}; there are: {'; '.join(variants)}")
+        names.add(", ".join(parts[:length]))
+        parts = parts[length:]
+    return {name: changes for name, changes in variants.items() if name in names}
+
+
+def sizes_like(home: RunDir | None) -> list[str]:
+    """How much data the variants see: as much as a demo run has, if that is enough, so that its rows can be taken over."""
+    sizes = dict(_SIZES)
+    if home is not None:
+        source = home.config().data.source
+        if isinstance(source, OpenMoji) and source.validation_images >= HELD_OUT:
+            sizes = {name: getattr(source, name) for name in sizes}
+    return [f"data.source.{name}={count}" for name, count in sizes.items()]
+
+
+def measure(say: Callable[[str], None], run_dir: str | None = None, only: str | None = None) -> dict[str, Any]:
+    """Runs variants; returns their figures by name, those of the start first.
+
+    Args:
+        say: what is told meanwhile.
+        run_dir: a run whose teacher and encoded rows are taken, as far as this config makes the same, and which gets
+            ``evaluation/tried.json``; None: all is made here.
+        only: names of variants, with commas between; None: all.
+
+    Raises:
+        ConfigError: if a name is unknown.
+        RunDirError: if ``run_dir`` is no run directory.
+    """
+    variants = chosen(only, all_variants())
+    home = load_run(run_dir)[0] if run_dir else None
+    sizes = sizes_like(home)
+    waiting, figures = list(variants.items()), dict[str, Any]()
     with tempfile.TemporaryDirectory() as folder:
-        common = [*_SIZES, *_STEPS, *_ALONE]
+        common = [*sizes, *_STEPS, *_ALONE]
         config = load_config(DEMO_CONFIG, [f"run_dir={folder}/encoded", *common])
         run = open_run(config)
         run.prepare(config)
+        taken = take_over(config, run, home) if home is not None and home.exists("manifest.json") else []
+        if home is not None:
+            say(f"of {home}, taken over: {', '.join(taken) or 'nothing, its config made something else'}")
         with ray_session(config):
             for stage in ("teacher", "encode"):
                 run_stage(stage, STAGE_FUNCTIONS[stage], config, run)
@@ -113,9 +172,26 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
                     running[start.remote(changes, run.uri)] = name
                 (done,), _ = ray.wait(list(running))
                 name = running.pop(done)
-                figures[name] = ray.get(done)
+                try:
+                    figures[name] = ray.get(done)
+                except RayTaskError as error:  # what does not work is a result, too
+                    if name == START:
+                        raise
+                    figures[name] = {"failed": (str(error.cause).strip().splitlines() or ["no message"])[0]}
                 say(f"{name}: {figures[name]}")
-    return {"switches": {name: figures[name] for name in order}}
+    if home is not None:
+        home.write_json(as_tried(variants, figures, [*sizes, *_STEPS]), *TRIED)
+    return {"switches": {name: figures[name] for name in variants}}
+
+
+def as_tried(variants: dict[str, list[str]], figures: dict[str, Any], common: list[str]) -> list[dict[str, Any]]:
+    """What ``evaluation/tried.json`` holds, in the variants' order; the start's changes are those that all have in common."""
+    found = []
+    for name, changes in variants.items():
+        failed = figures[name].get("failed")
+        entry: dict[str, Any] = {"name": name, "changes": common if name == START else changes}
+        found.append(entry | ({"figures": figures[name]} if failed is None else {"figures": {}, "failed": failed}))
+    return found
 
 
 def variant(changes: list[str], encoded: str) -> dict[str, float]:

@@ -71,6 +71,7 @@ def test_a_healthy_state_gives_no_warning() -> None:
     [
         ({"codes": statistics(overlap=0.995)}, "codes 0 and 1 have become one", ["prune.code_lr", "router.experts"]),
         ({"shares": torch.tensor([0.9, 0.1, 0.0, 0.0])}, "transport uses 1.4 of 4", ["router.epsilon"]),
+        ({"shares": torch.tensor([1.0, 0.0, 0.0, 0.0]), "transport": False}, "train 1.0 of 4", ["prune.assignment=transport"]),
         ({"routed_shares": torch.tensor([0.0, 1.0, 0.0, 0.0])}, "routing would use 1.0 of 4", ["prune.weights.commitment"]),
         ({"routed_shares": torch.tensor([0.0, 1.0, 0.0, 0.0]), "duals": False}, "routing would use", ["router.duals=true"]),
         ({"agreement": 0.2}, "agrees with the transport for 20%", ["prune.weights.commitment", "router.epsilon"]),

@@ -32,7 +32,7 @@ SWITCHES = {
     **{
         ("Prune", name): prune_objective.PruneObjective
         for name in (
-            "unet_masks", "resource_masks", "noise_per", "noisy_similarity", "normalise_blocks", "contrastive_form",
+            "assignment", "unet_masks", "resource_masks", "noise_per", "noisy_similarity", "normalise_blocks", "contrastive_form",
             "contrastive_diagonal",
         )
     },
@@ -54,6 +54,7 @@ def test_defaults_are_the_designs() -> None:
     assert (router.tau, router.base, router.epsilon, router.relative_epsilon) == (0.4, 3.0, 0.3, True)
     assert (router.centre, router.duals, prune.start, prune.warmup_fraction) == (True, True, "importance", 0.1)
     assert (prune.gate_placement, prune.unet_masks, prune.resource_masks) == ("after_norm", "soft", "hard")
+    assert prune.assignment == "transport"
     assert (prune.noise_per, prune.noisy_similarity, prune.normalise_blocks) == ("code", False, True)
     assert (prune.contrastive_form, prune.contrastive_diagonal, prune.contrastive_temperature) == ("softmax", False, 0.03)
     assert prune.min_snr_gamma == 5.0
@@ -73,6 +74,8 @@ def by_hand(objective: PruneObjective, batch: dict[str, Any], switch: dict[str, 
     index = balanced_assignment(
         similarity, epsilon=switch.get("assignment_epsilon", 0.3), relative=switch.get("relative_epsilon", True)
     ).index
+    if switch.get("assignment") == "nearest":
+        index = similarity.argmax(dim=1)
     per_sample = switch.get("noise_per") == "sample"
     soft = relax(codes[index], router.space, noise=noise if per_sample else noise[index])
     hard = binarize(soft, router.space)
@@ -103,6 +106,7 @@ def by_hand(objective: PruneObjective, batch: dict[str, Any], switch: dict[str, 
         ({"normalise_blocks": False}, {"block"}),
         ({"gamma": None}, {"denoising"}),
         ({"assignment_epsilon": 0.05, "relative_epsilon": False}, None),
+        ({"assignment": "nearest"}, None),
     ],
     ids=lambda switch: next(iter(switch)) if isinstance(switch, dict) else "",
 )
@@ -133,6 +137,27 @@ def test_noisy_similarity_depends_on_the_steps_noise() -> None:
         batch["gumbel_noise"] = gumbel(batch["gumbel_noise"].shape, torch.Generator().manual_seed(9))
         spreads.append(objective(**batch)[1]["similarity_std"])
         assert (spreads[0] != spreads[1]) == noisy
+
+
+def test_nearest_assignment_trains_the_most_similar_code_and_no_other() -> None:
+    """One code that every prompt is near to gets them all, and alone a gradient from the task; the transport shares them out."""
+    counts, moved = {}, {}
+    for rule in ("transport", "nearest"):
+        objective = make_objective(assignment=rule).train()
+        router, batch = objective.router, make_batch(objective, rows=6)
+        router.centre = False
+        with torch.no_grad():
+            router.codes[1] = router.embed(batch["z"]).mean(dim=0)
+            router.codes[[0, 2]] = router.codes[1] + 2 * randn(2, router.space.dim, seed=8)
+        losses, stats = objective(**batch)
+        losses["distillation"].backward()
+        counts[rule] = stats["assignment_counts"]
+        moved[rule] = (router.codes.grad.abs().amax(dim=1) > 0).tolist()
+        # Nearest leaves no prices behind: serving's duals come from the last fit alone.
+        assert bool(router.potentials.isfinite().all()) and bool(router.potentials.any()) == (rule == "transport")
+        assert stats["agreement"] == 1.0 or rule == "transport"
+    assert counts["nearest"] == [0, 6, 0] and min(counts["transport"]) >= 1
+    assert moved == {"transport": [True, True, True], "nearest": [False, True, False]}
 
 
 def test_uncentred_similarities_all_look_alike() -> None:
@@ -235,6 +260,6 @@ def test_gates_before_the_norm_scale_its_input_and_are_not_what_pruning_leaves()
 
 
 def test_unknown_choices_are_refused() -> None:
-    for name in ("unet_masks", "resource_masks", "noise_per"):
+    for name in ("assignment", "unet_masks", "resource_masks", "noise_per"):
         with pytest.raises(ValueError, match=f"unknown {name} 'other'"):
             make_objective(**{name: "other"})

@@ -11,7 +11,14 @@ import torch.multiprocessing as mp
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from aptp_ray.core.transport import balanced_assignment, cluster_prompts, gather_rows, own_rows, prefer_lowest
+from aptp_ray.core.transport import (
+    balanced_assignment,
+    cluster_prompts,
+    gather_rows,
+    nearest_assignment,
+    own_rows,
+    prefer_lowest,
+)
 
 
 def random_similarity(rows: int, codes: int, seed: int = 0, scale: float = 0.2) -> Tensor:
@@ -50,6 +57,21 @@ def test_unequal_target_shares_are_met() -> None:
     torch.testing.assert_close(result.plan.sum(0), shares.double(), rtol=2e-3, atol=0)
     counts = torch.bincount(result.index, minlength=4) / 500
     torch.testing.assert_close(counts, shares, rtol=0, atol=0.03)
+
+
+def test_the_nearest_code_gets_a_prompt_whatever_the_shares() -> None:
+    similarity = random_similarity(40, 4)
+    similarity[7] = 0.25  # a tie of all
+    result = nearest_assignment(similarity)
+    expected = np.argmax(similarity.double().numpy(), axis=1)
+    np.testing.assert_array_equal(result.index.numpy(), expected)
+    counts = np.bincount(expected, minlength=4)
+    np.testing.assert_allclose(result.plan.numpy().sum(axis=0), counts / 40)
+    np.testing.assert_allclose(result.plan.numpy().sum(axis=1), 1 / 40)
+    assert result.residual == pytest.approx(np.abs(counts / 10 - 1).max()) and result.epsilon == 0
+    assert result.potentials.tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 40 rows"):
+        nearest_assignment(similarity.index_fill(0, torch.tensor([3]), float("nan")))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from scipy.stats import spearmanr
 
 from aptp_ray.artifacts import RunDir, RunDirError
 from aptp_ray.config import Config, ConfigError
@@ -24,6 +25,8 @@ from aptp_ray.evaluate.drawn_shards import plan
 from aptp_ray.evaluate.encoders import Encoders
 from aptp_ray.evaluate.evaluation import SCORES, Work, evaluate, prepare
 from aptp_ray.evaluate.generation import Artist, draw, image_seed, missing, open_unet
+from aptp_ray.evaluate.hardness import hardest_images
+from aptp_ray.evaluate.report import build_report
 from aptp_ray.evaluate.systems import Painter, read_captions, short_names, unique_key
 from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
 
@@ -146,6 +149,56 @@ def test_likeness_is_that_of_the_images_on_disk(evaluated: tuple[Path, Work, dic
     assert scores["mixture"]["teacher_psnr"]["value"] == pytest.approx(expected)
     assert "teacher_psnr" not in scores["teacher"] and "teacher_psnr" in scores["teacher-fewer-steps"]
     assert "teacher" not in result["differences"]["scores"]["teacher_psnr"]
+
+
+def test_what_is_kept_of_each_caption_is_what_the_scores_are_made_of(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, result = evaluated
+    table = pq.read_table(folder / "evaluation" / "captions.parquet")
+    assert table["text"].to_pylist() == [caption.text for caption in work.captions]
+    for cast in work.casts:
+        name, system = cast.system.name, result["systems"][cast.system.name]
+        drawn = [system["unets"][index]["expert"] for index in table[f"unet:{name}"].to_pylist()]
+        assert drawn == [painter.expert for painter in cast.painters]
+        for file, key in zip(table[f"file:{name}"].to_pylist(), table["key"].to_pylist(), strict=True):
+            with tarfile.open(folder / file) as archive:
+                assert f"{key}.png" in archive.getnames()
+        counts = [cast.painters.count(painter) for painter in cast.painters]
+        weights = [cast.shares[painter] / count for painter, count in zip(cast.painters, counts, strict=True)]
+        scored = np.average(table[f"image_text:{name}"].to_numpy(), weights=weights)
+        assert scored == pytest.approx(system["scores"]["clip_score"]["value"], rel=1e-5)
+        if name == "teacher":
+            assert f"error:{name}" not in table.column_names
+        else:
+            wrong = np.average(table[f"error:{name}"].to_numpy(), weights=weights)
+            assert -10 * np.log10(wrong) == pytest.approx(system["scores"]["teacher_psnr"]["value"])
+
+
+def test_the_report_tells_whether_hard_prompts_get_more(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
+    folder, work, _ = evaluated
+    build_report(config_of(folder), RunDir(str(folder)), ["a dog"])
+    found = json.loads((folder / "report" / "report.json").read_text())["hardness"]
+    assert [(one["kind"], one["system"]) for one in found["measures"]] == [
+        ("random_routing", "random-routing"), ("one_expert", "one-expert"), ("image_text", "teacher")
+    ]  # fmt: skip
+    table = pq.read_table(folder / "evaluation" / "captions.parquet")
+    routed = {cast.system.name: cast for cast in work.casts}["mixture"].painters
+    macs = [count_macs(load_unet(folder.joinpath(*painter.parts)), (SIDE // 2, SIDE // 2), TOKENS) for painter in routed]
+    wrong = table["error:random-routing"].to_numpy()
+    alone, scored = (table[name].to_numpy() for name in ("error:one-expert", "image_text:teacher"))
+    hard = {"random_routing": wrong, "one_expert": alone, "image_text": -scored}
+    for one in found["measures"]:
+        assert one["correlation"]["value"] == pytest.approx(spearmanr(macs, hard[one["kind"]]).statistic)
+        assert -1 <= one["correlation"]["low"] <= one["correlation"]["high"] <= 1
+    order = np.argsort(-wrong)[:6].tolist()
+    assert [one["prompt"] for one in found["hardest"]] == [work.captions[index].text for index in order]
+    assert [one["expert"] for one in found["hardest"]] == [routed[index].expert for index in order]
+    page = (folder / "report" / "index.html").read_text().split("Do hard prompts get more MACs?")[1].split("</section>")[0]
+    assert page.count("<figure>") == 6 and page.count("data:image/png") == 18  # mixture, random routing, teacher
+    shutil.rmtree(folder / "report")
+    images = hardest_images(RunDir(str(folder)), found["hardest"])
+    with tarfile.open(folder / found["hardest"][0]["files"]["teacher"]) as archive:
+        expected = np.asarray(Image.open(io.BytesIO(archive.extractfile(f"{found['hardest'][0]['key']}.png").read())))  # type: ignore[union-attr]
+    assert np.array_equal(np.asarray(images[0]["teacher"]), expected)
 
 
 def test_a_killed_drawing_goes_on_and_draws_the_same(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:

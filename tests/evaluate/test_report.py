@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from aptp_ray.artifacts import RunDir, RunDirError
+from aptp_ray.artifacts import RunDir, RunDirError, resolve_source
 from aptp_ray.core.components import load_components, load_unet
 from aptp_ray.core.macs import count_macs
+from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.evaluate.generate import draw_group, sample_seed
 from aptp_ray.evaluate.report import build_report
-from tests.evaluate.conftest import CAPTIONS, EXPERTS, SIDE, TOKENS, tiny_config
+from tests.evaluate.conftest import CAPTIONS, ENCODER, EXPERTS, SIDE, TOKENS, tiny_config
 
 PROMPTS = ["a red apple", "a dog", "a train & its <engine>", "a line drawing of a car", "a cat"]
 _VOID = {"meta", "img", "br", "rect", "link"}
@@ -121,11 +123,34 @@ def test_the_page_is_whole_and_stands_alone(figures: dict[str, Any], report_run:
     page.feed(html)
     text = " ".join(" ".join(page.text).split())
     assert page.open == []
-    assert len(page.sources) == 2 * len(PROMPTS) and all(source.startswith("data:image/") for source in page.sources)
+    # The gallery's pairs, and each expert's image on its card.
+    assert len(page.sources) == 3 * len(PROMPTS) and all(source.startswith("data:image/") for source in page.sources)
     assert not re.search(r"https?://|<script|@import|url\(", html)
     assert all(prompt in text for prompt in PROMPTS)  # escaped, not swallowed
     assert f"{figures['experts'][0]['counted_macs']:,}" in text and "1 min 23 s" in text
     assert "The two agree to the integer" in text
+
+
+def test_a_card_holds_what_is_routed_to_its_expert(figures: dict[str, Any], report_run: Path) -> None:
+    table = pq.read_table(report_run / "assigned" / "validation.parquet").to_pylist()
+    router = PromptRouter.from_pretrained(report_run / "router", prompt_encoder=resolve_source(ENCODER))
+    page = (report_run / "report" / "index.html").read_text().split("<h2>Each expert</h2>")[1].split("</section>")[0]
+    shown = page.split("<article")[1:]
+    for expert, card in enumerate(figures["cards"]):
+        own = [row["caption"] for row in table if row["expert"] == expert]
+        alone = [float(router.route([caption]).similarity[0, expert]) for caption in own]
+        nearest = [own[index] for index in sorted(range(len(own)), key=lambda index: -alone[index])]
+        assert [one["prompt"] for one in card["prompts"]] == nearest[:5]
+        assert [one["similarity"] for one in card["prompts"]] == pytest.approx(sorted(alone, reverse=True)[:5], abs=1e-3)
+        assert f"<b>{len(own) / len(table):.1%}</b> of the prompts" in shown[expert]
+        drawn = [sample["prompt"] for sample in figures["samples"] if sample["expert"] == expert]
+        assert re.findall(r'alt="(.*?), expert', shown[expert]) == [escape(prompt) for prompt in drawn]
+
+
+def test_what_was_not_measured_is_not_shown(figures: dict[str, Any], report_run: Path) -> None:
+    page = (report_run / "report" / "index.html").read_text()
+    assert figures["hardness"] is None and figures["gains"] is None and figures["tried"] is None
+    assert "hard prompts" not in page and "What was tried" not in page
 
 
 def test_without_prompts_the_first_captions_are_drawn(report_run: Path, ray_cluster: None) -> None:
