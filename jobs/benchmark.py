@@ -7,6 +7,7 @@
     python jobs/benchmark.py experts   experts' time against their MACs, at Stable Diffusion 2.1's size
     python jobs/benchmark.py formats   an expert compiled, channels last, with eight-bit weights: time and output error
     python jobs/benchmark.py mixture   aptp_ray.MixturePipeline against the engine alone [--run-dir URI]
+    python jobs/benchmark.py evaluate  the evaluation's drawing against the bare sampler, and its whole time  --run-dir URI
     python jobs/benchmark.py switches  the prune stage's departures from the reference, each taken back on the demo
 """
 
@@ -18,17 +19,17 @@ from importlib import import_module
 
 from cli import errors_on_one_line, finish, say
 
-TOPICS = ("data", "train", "serve", "simulator", "experts", "formats", "mixture", "switches")
+TOPICS = ("data", "train", "serve", "simulator", "experts", "formats", "mixture", "evaluate", "switches")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("topic", choices=TOPICS)
-    arguments.add_argument("--run-dir", help="serve, simulator, mixture: a finished demo run, in place of experts cut for it")
+    arguments.add_argument("--run-dir", help="a finished demo run; serve, simulator, mixture: in place of experts cut for it")
     arguments.add_argument("--out", help="simulator: a folder to keep traces, step times and the fleet file in")
     options = arguments.parse_args()
-    if options.run_dir and options.topic not in ("serve", "simulator", "mixture"):
-        arguments.error("--run-dir is for the topics serve, simulator and mixture")
+    if options.run_dir and options.topic not in ("serve", "simulator", "mixture", "evaluate"):
+        arguments.error("--run-dir is for the topics serve, simulator, mixture and evaluate")
     if options.out and options.topic != "simulator":
         arguments.error("--out is for the topic simulator")
     given = {name: value for name in ("run_dir", "out") if (value := getattr(options, name))}

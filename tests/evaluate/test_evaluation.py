@@ -123,7 +123,9 @@ def test_costs_and_scores_are_written(evaluated: tuple[Path, Work, dict[str, Any
     assert "mixture" not in written["differences"]["scores"]["clip_score"]
     groups = mixture["by_group"]
     assert {name: one["images"] for name, one in groups.items()} == {"animal": 3, "fruit": 4, "vehicle": 3}
-    assert 0 < result["drawing"]["sampler_share"] <= 1
+    shares = result["drawing"]["shares"]
+    assert set(shares) == {"loading", "sampling", "packing", "writing", "idle"} and sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) >= 0 and shares["sampling"] > 0
 
 
 def test_likeness_is_that_of_the_images_on_disk(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
