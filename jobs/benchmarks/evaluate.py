@@ -82,8 +82,8 @@ def measure(say: Say, run_dir: str | None = None, images: int = _IMAGES) -> dict
             scored = evaluate(config, run, work, encoders, references)  # draws nothing: all images are there
             laps()
     seconds = laps.seconds | {"drawing": drawing.pop("seconds")}
-    # An actor is started once more for the costs: a little more than the job itself would take.
-    seconds |= {"starting an actor again": scored["seconds"].pop("drawing"), **scored["seconds"]}
+    seconds["checks"] += scored["seconds"].pop("drawing")
+    seconds |= scored["seconds"]  # for the costs, an actor is started once more: a little more than the job itself would take
     whole = sum(seconds.values())
     return {
         "drawing_vs_sampler": drawing.pop("ratio"),
@@ -131,12 +131,18 @@ def copied(run_dir: str, target: str, images: int) -> tuple[Config, RunDir]:
     return config, RunDir(target)
 
 
+def cpu_seconds(pool: Sequence[Any]) -> float:
+    """CPU time of the actors so far, all threads."""
+    return sum(ray.get([artist.call.remote(time.process_time) for artist in pool]))
+
+
 def in_turns(config: Config, pool: Sequence[Any], shards: Sequence[Shard], say: Say) -> dict[str, Any]:
     """Draws a part of the shards with the actors, and the same without them; then the next part, the other way first."""
     painters = list(dict.fromkeys(shard.painter for shard in shards))
     rounds = min(_ROUNDS, len(shards))
     drawn: list[Drawn] = []
     bare: list[Bare] = []
+    begun = cpu_seconds(pool)
     with bare_processes(config, painters, len(pool)) as processes:
         for number in range(rounds):
             part = shards[number::rounds]
@@ -147,6 +153,7 @@ def in_turns(config: Config, pool: Sequence[Any], shards: Sequence[Shard], say: 
                 bare.append(processes.draw(part))
             rate = drawn[-1].images / drawn[-1].seconds
             say(f"{bare[-1].images} images, images/s: actors {rate:.2f}, bare {bare[-1].images_per_second:.2f}")
+    cpu = cpu_seconds(pool) - begun
     rates = {"actors": [one.images / one.seconds for one in drawn], "bare": [one.images_per_second for one in bare]}
     parts = {name: sum(one.parts[name] for one in drawn) for name in drawn[0].parts}
     whole = Drawn(sum(one.images for one in drawn), sum(one.seconds for one in drawn), parts)
@@ -156,8 +163,10 @@ def in_turns(config: Config, pool: Sequence[Any], shards: Sequence[Shard], say: 
         "ratio": round(median(a / b for a, b in zip(rates["actors"], rates["bare"], strict=True)), 3),
         "seconds": whole.seconds,
         "rounds": {name: [round(rate, 3) for rate in some] for name, some in rates.items()},
-        # An image's time in the sampler of an actor, over that in a bare process: what Ray's own processes take of the cores.
+        # The same images' time in the samplers of both sides: what Ray's own processes take of the cores, or other work does.
         "sampling_vs_bare": round(parts["sampling"] / sum(one.seconds for one in bare), 3),
+        # Everything that the actors do, in CPU time, which other work on the machine hardly changes.
+        "cpu_vs_bare": round(cpu / sum(one.cpu_seconds for one in bare), 3),
         "actors": len(pool),
         "actors_shares": {name: round(share, 4) for name, share in figures["shares"].items()},
         "sampler_shares": {name: round(share, 4) for name, share in (theirs | {"rest": 1 - sum(theirs.values())}).items()},

@@ -33,12 +33,14 @@ class Bare:
         images: how many.
         images_per_second: the sum over processes of each one's own, so that none pays for waiting for another.
         seconds: of all processes.
+        cpu_seconds: likewise.
         parts: of these, in each model.
     """
 
     images: int = 0
     images_per_second: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
@@ -65,11 +67,12 @@ class Processes:
             pipe.send(share)
         found = Bare()
         for pipe, share in zip(self._pipes, shares, strict=True):
-            seconds, parts = pipe.recv()
+            seconds, cpu, parts = pipe.recv()
             images = sum(len(texts) for _, texts, _ in share)
             found.images += images
             found.images_per_second += images / seconds
             found.seconds += seconds
+            found.cpu_seconds += cpu
             for name, taken in parts.items():
                 found.parts[name] += taken
         return found
@@ -132,12 +135,12 @@ def _run(pipe: Any, config: Config, painters: list[Painter]) -> None:
         except EOFError:
             return
         seconds.clear()
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         for painter, texts, seeds in share:
             samplers[painter].generate(
                 texts, seeds, num_inference_steps=painter.steps, guidance_scale=config.sampling.guidance_scale
             )
-        pipe.send((max(time.perf_counter() - begun, 1e-9), dict(seconds)))
+        pipe.send((max(time.perf_counter() - begun, 1e-9), time.process_time() - cpu, dict(seconds)))
 
 
 def _timed(module: nn.Module, name: str, seconds: dict[str, float]) -> None:
