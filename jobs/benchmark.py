@@ -7,6 +7,7 @@
     python jobs/benchmark.py experts   experts' time against their MACs, at Stable Diffusion 2.1's size
     python jobs/benchmark.py formats   an expert compiled, channels last, with eight-bit weights: time and output error
     python jobs/benchmark.py mixture   aptp_ray.MixturePipeline against the engine alone [--run-dir URI]
+    python jobs/benchmark.py evaluate  the evaluation's drawing against the bare sampler, and its whole time  --run-dir URI
     python jobs/benchmark.py switches  the prune stage's departures from the reference, each taken back on the demo
                                        [--only NAME,NAME] [--run-dir URI]
 """
@@ -19,7 +20,8 @@ from importlib import import_module
 
 from cli import errors_on_one_line, finish, say
 
-TOPICS = ("data", "train", "serve", "simulator", "experts", "formats", "mixture", "switches")
+TOPICS = ("data", "train", "serve", "simulator", "experts", "formats", "mixture", "evaluate", "switches")
+WITH_RUN = ("serve", "simulator", "mixture", "evaluate", "switches")
 
 
 def main() -> None:
@@ -27,14 +29,14 @@ def main() -> None:
     arguments.add_argument("topic", choices=TOPICS)
     arguments.add_argument(
         "--run-dir",
-        help="serve, simulator, mixture: a finished demo run, in place of experts cut for it; switches: a demo run whose teacher "
-        "and rows are taken, where its config made the same, and into whose report the variants go (evaluation/tried.json)",
+        help="a finished demo run; serve, simulator, mixture: in place of experts cut for it; switches: whose teacher and rows "
+        "are taken, where its config made the same, and into whose report the variants go (evaluation/tried.json)",
     )
     arguments.add_argument("--only", help="switches: names of variants, with commas between, beside the start; all by default")
     arguments.add_argument("--out", help="simulator: a folder to keep traces, step times and the fleet file in")
     options = arguments.parse_args()
-    if options.run_dir and options.topic not in ("serve", "simulator", "mixture", "switches"):
-        arguments.error("--run-dir is for the topics serve, simulator, mixture and switches")
+    if options.run_dir and options.topic not in WITH_RUN:
+        arguments.error(f"--run-dir is for the topics {', '.join(WITH_RUN)}")
     if options.only and options.topic != "switches":
         arguments.error("--only is for the topic switches")
     if options.out and options.topic != "simulator":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,16 +83,20 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
     """
     if len(references) != len(work.captions):
         raise ValueError(f"{len(references)} references of {len(work.captions)} captions")
+    marks = {"begun": time.monotonic()}
     left = missing(config, run, work.shards)
     actors = max(1, min(actors_of(config), len(left)))
     with artists(config, run, actors) as pool:
         drawn = draw(pool, left)
+        marks["drawing"] = time.monotonic()
         costs = measure_costs(config, run, list(dict.fromkeys(shard.painter for shard in work.shards)), pool)
+    marks["costs"] = time.monotonic()
     found_before = sum(len(shard.captions) for shard in work.shards) - drawn.images
     side = config.data.resolution
     reference = encoders.references(run, references, side)
     texts = None if encoders.image_text is None else encoders.image_text.texts([one.text for one in work.captions]).numpy()
     seen = {shard: encoders.encode(read_shard(run, shard), side) for shard in work.shards}
+    marks["encoding"] = time.monotonic()
     places = {(shard.painter, caption.key): (shard, row) for shard in work.shards for row, caption in enumerate(shard.captions)}
     errors = errors_against(run, work.shards, Painter(run.uri, None, config.sampling.num_inference_steps))
     counts = draws(len(work.captions), config.evaluation.replicates, seed=config.evaluation.seed)
@@ -120,6 +126,7 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
             ),
         }
     listed = [cast.system for cast in work.casts]
+    marks["scoring"] = time.monotonic()
     result = {
         "name": config.name,
         "labels": encoders.labels(),
@@ -128,6 +135,8 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
         "differences": _differences(work.casts, found),
         "seeds": over_seeds(listed, found, _own(work.casts)) if any(system.seed_of for system in listed) else None,
         "drawing": {"found": found_before, **drawing_figures(drawn, actors)},
+        # Of the wall clock, actors' start among the drawing.
+        "seconds": {name: end - begun for (_, begun), (name, end) in pairwise(marks.items())},
         "sampling": config.sampling.model_dump(mode="json") | {"resolution": side},
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"scorer"}),
         "better": {name: "higher" if higher else "lower" for name, higher in HIGHER_IS_BETTER.items()},
@@ -162,13 +171,12 @@ def describe(cast: Cast, costs: dict[Painter, dict[str, Any]]) -> dict[str, Any]
 
 
 def drawing_figures(drawn: Drawn, actors: int) -> dict[str, Any]:
-    """How fast images were drawn in all; ``sampler_share`` is the part of the actors' time that the sampler itself took."""
+    """How fast images were drawn in all, and on what the actors spent their time, as shares that add up to one."""
     figures: dict[str, Any] = {"images": drawn.images, "seconds": drawn.seconds, "actors": actors}
     if drawn.images:
-        figures |= {
-            "images_per_second": drawn.images / drawn.seconds,
-            "sampler_share": drawn.drawing_seconds / (drawn.seconds * actors),
-        }
+        shares = {part: seconds / (drawn.seconds * actors) for part, seconds in drawn.parts.items()}
+        shares["idle"] = 1.0 - sum(shares.values())
+        figures |= {"images_per_second": drawn.images / drawn.seconds, "shares": shares}
     return figures
 
 

@@ -12,9 +12,11 @@ written first, which says what made them: shards of another drawing are never mi
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from aptp_ray.evaluate.systems import Painter
 from aptp_ray.tracking import Progress
 
 _MADE_BY = "made_by.json"
+_PARTS = ("loading", "sampling", "packing", "writing")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,12 +51,12 @@ class Drawn:
     Attributes:
         images: how many.
         seconds: of the wall clock, from the first actor's readiness to the last shard.
-        drawing_seconds: summed over tasks: sampling alone, without loading, packing and writing.
+        parts: {part: seconds}, summed over tasks: ``loading`` UNets, ``sampling``, ``packing`` images, ``writing`` shards.
     """
 
     images: int
     seconds: float
-    drawing_seconds: float
+    parts: dict[str, float]
 
 
 def missing(config: Config, run: RunDir, shards: Sequence[Shard]) -> list[Shard]:
@@ -93,7 +96,7 @@ def draw(pool: Sequence[Any], shards: Sequence[Shard]) -> Drawn:
         shards: from :func:`missing`.
     """
     if not shards:
-        return Drawn(0, 0.0, 0.0)
+        return Drawn(0, 0.0, {})
     waiting: dict[Painter, list[Shard]] = {}
     for shard in shards:
         waiting.setdefault(shard.painter, []).append(shard)
@@ -101,12 +104,16 @@ def draw(pool: Sequence[Any], shards: Sequence[Shard]) -> Drawn:
 
 
 def _deal(pool: Sequence[Any], waiting: dict[Painter, list[Shard]], total: int) -> Drawn:
-    """Hands out shards, one ahead of each artist, from when it is ready until none is left."""
+    """Hands each artist a shard whenever it has none, from when it is ready until none is left.
+
+    None is handed out ahead: it would wait behind a long one while other artists stand idle, and what it saves is a message.
+    """
     begun = time.monotonic()
     progress = Progress("draw", total, unit="images")
     running: dict[Any, tuple[Any, Shard | None]] = {artist.ready.remote(): (artist, None) for artist in pool}
     at: dict[Any, Painter] = {}
-    images, seconds = 0, 0.0
+    images = 0
+    parts: dict[str, float] = defaultdict(float)
 
     def next_for(artist: Any) -> None:
         left = {painter: part for painter, part in waiting.items() if part}
@@ -116,7 +123,7 @@ def _deal(pool: Sequence[Any], waiting: dict[Painter, list[Shard]], total: int) 
         others = [painter for one, painter in at.items() if one is not artist]
         painter = at.get(artist)
         if painter not in left:
-            painter = max(left, key=lambda one: len(left[one]) / (1 + others.count(one)))
+            painter = max(left, key=lambda one: sum(len(shard.captions) for shard in left[one]) / (1 + others.count(one)))
         assert painter is not None
         at[artist] = painter
         shard = waiting[painter].pop(0)
@@ -126,15 +133,15 @@ def _deal(pool: Sequence[Any], waiting: dict[Painter, list[Shard]], total: int) 
         (task,), _ = ray.wait(list(running))
         artist, shard = running.pop(task)
         took = ray.get(task)
+        if shard is None and not at:
+            begun = time.monotonic()  # the first one is ready: what came before was starting up
         next_for(artist)
-        if shard is None:
-            if not at or list(at) == [artist]:
-                begun = time.monotonic()  # the first one is ready: what came before was starting up
-            next_for(artist)  # one ahead
-            continue
-        images, seconds = images + len(shard.captions), seconds + took
-        progress.update(images, shard.parts[-2])
-    return Drawn(images, time.monotonic() - begun, seconds)
+        if shard is not None:
+            images += len(shard.captions)
+            for part, seconds in took.items():
+                parts[part] += seconds
+            progress.update(images, shard.parts[-2])
+    return Drawn(images, time.monotonic() - begun, dict(parts))
 
 
 class Artist:
@@ -158,21 +165,25 @@ class Artist:
         self._sampler = self._painter = None
         return function(*arguments)
 
-    def draw(self, shard: Shard) -> float:
-        """Draws and writes a shard; returns the seconds of sampling."""
+    def draw(self, shard: Shard) -> dict[str, float]:
+        """Draws and writes a shard; returns the seconds of each part, named as in :class:`Drawn`."""
+        marks = [time.perf_counter()]
         sampler = self._sampler_of(shard.painter)
+        marks.append(time.perf_counter())
         config, captions = self._config, shard.captions
         seeds = [image_seed(config.evaluation.seed, one.key) for one in captions]
-        begun = time.perf_counter()
         images = sampler.generate(
             [one.text for one in captions],
             seeds,
             num_inference_steps=shard.painter.steps,
             guidance_scale=config.sampling.guidance_scale,
         )
-        seconds = time.perf_counter() - begun
-        self._run.write_bytes(pack_shard(captions, images, seeds), *shard.parts)
-        return seconds
+        marks.append(time.perf_counter())
+        packed = pack_shard(captions, images, seeds)
+        marks.append(time.perf_counter())
+        self._run.write_bytes(packed, *shard.parts)
+        marks.append(time.perf_counter())
+        return {part: end - start for part, (start, end) in zip(_PARTS, pairwise(marks), strict=True)}
 
     def _sampler_of(self, painter: Painter) -> Sampler:
         if self._sampler is None or painter != self._painter:

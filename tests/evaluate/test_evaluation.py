@@ -6,12 +6,14 @@ import io
 import json
 import shutil
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from scipy.stats import spearmanr
 
@@ -126,7 +128,9 @@ def test_costs_and_scores_are_written(evaluated: tuple[Path, Work, dict[str, Any
     assert "mixture" not in written["differences"]["scores"]["clip_score"]
     groups = mixture["by_group"]
     assert {name: one["images"] for name, one in groups.items()} == {"animal": 3, "fruit": 4, "vehicle": 3}
-    assert 0 < result["drawing"]["sampler_share"] <= 1
+    shares = result["drawing"]["shares"]
+    assert set(shares) == {"loading", "sampling", "packing", "writing", "idle"} and sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) >= 0 and shares["sampling"] > 0
 
 
 def test_likeness_is_that_of_the_images_on_disk(evaluated: tuple[Path, Work, dict[str, Any]]) -> None:
@@ -260,3 +264,28 @@ def test_what_cannot_be_drawn_is_refused(report_run: Path, tmp_path: Path) -> No
     gone = [type(shards[0])(Painter(str(tmp_path), 0, 3), shards[0].parts, (caption,))]
     with pytest.raises(RunDirError, match="is not there"):
         missing(config_of(report_run), run, gone)
+
+
+def test_no_shard_waits_behind_a_long_one(report_run: Path, ray_cluster: None, tmp_path: Path) -> None:
+    config = config_of(report_run, systems=[{"name": "mixture", "kind": "mixture"}], images_per_file=1)
+    shards = prepare(config, RunDir(str(report_run))).shards
+
+    class Scribe:
+        """Writes a file a shard; the first shard takes until all the others are there."""
+
+        def ready(self) -> None:
+            pass
+
+        def draw(self, shard: Any) -> dict[str, float]:
+            file = tmp_path / shard.parts[-1]
+            if file.name == shards[0].parts[-1]:
+                deadline = time.monotonic() + 60
+                while len(list(tmp_path.iterdir())) < len(shards) - 1:
+                    assert time.monotonic() < deadline, "the others wait behind this one"
+                    time.sleep(0.01)
+            file.touch()
+            return {"sampling": 0.0}
+
+    start = ray.remote(num_cpus=0)(Scribe)
+    pool = [start.remote() for _ in range(2)]  # type: ignore[attr-defined]
+    assert draw(pool, shards).images == len(shards) == len(list(tmp_path.iterdir()))
