@@ -4,8 +4,9 @@ Serve works without them, more slowly. Whoever starts Ray on one machine sets th
 `clusters/Dockerfile` does so on every node of a cluster. Measured on two cores with the demo: a lone request's way through
 Serve takes 34 ms in place of 50, and an image's share of router, ingress and proxy 23 ms of CPU time in place of 29.
 
-Not among them: RAY_SERVE_ENABLE_HA_PROXY. HAProxy is quicker than Serve's own proxy (a lone request 7 ms in place of 13), but of 24
-clients that left before their answer, the HAProxy 2.8 of ray[serve] 2.60 did not notice 2, and their images were drawn to the end.
+Not among them: RAY_SERVE_ENABLE_HA_PROXY. HAProxy is quicker than Serve's own proxy (a lone request 7 ms in place of 13), but of
+24 clients that left before their answer, the HAProxy 2.8 that comes with ray[serve] 2.60 did not notice 2, and their images were
+drawn to the end.
 """
 
 from __future__ import annotations
