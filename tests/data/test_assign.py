@@ -129,6 +129,7 @@ def test_a_second_call_goes_on_from_the_files_that_are_done(
     assert "similarity" in told and f"{facts['counts'][0]:,}" in told
 
 
+@pytest.mark.slow  # a minute where the machine is slow
 def test_another_router_parts_all_rows_anew(run: RunDir, router_dir: str, tmp_path: Path, encoder: PromptEncoder) -> None:
     before = assign_split(run, router_dir=router_dir, num_experts=EXPERTS, output=("moved",))
     router = PromptRouter.from_pretrained(router_dir, prompt_encoder=encoder)
@@ -145,6 +146,7 @@ def test_another_router_parts_all_rows_anew(run: RunDir, router_dir: str, tmp_pa
     assert [count_rows(run, "moved", f"expert={expert}") for expert in range(EXPERTS)] == expected
 
 
+@pytest.mark.slow  # a minute where the machine is slow
 def test_light_rows_are_assigned_and_still_say_where_they_came_from(
     run: RunDir, router_dir: str, tmp_path: Path, shards: Shards, pipeline_dir: Path
 ) -> None:

@@ -280,6 +280,7 @@ def test_chunks_fit_into_memory() -> None:
     assert chunk_rows(1, 64, 3, 3) == 1
 
 
+@pytest.mark.slow  # a minute where the machine is slow
 def test_other_actors_give_the_same_bytes_and_splits_stand_side_by_side(
     run: RunDir, tmp_path: Path, shards: Shards, pipeline_dir: Path
 ) -> None:

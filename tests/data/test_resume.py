@@ -114,6 +114,7 @@ def test_a_killed_driver_loses_and_doubles_nothing(
     assert read_again == set(range(SHARDS)) - {int(name) for name in before}
 
 
+@pytest.mark.slow  # a minute where the machine is slow
 def test_an_encoder_that_is_killed_is_started_again(
     undisturbed: RunDir, pattern: str, pipeline_dir: Path, tmp_path: Path
 ) -> None:
