@@ -24,7 +24,7 @@ from aptp_ray.evaluate.drawn_shards import Shard
 from aptp_ray.evaluate.encoders import Encoders
 from aptp_ray.evaluate.evaluation import actors_of, device_of, drawing_figures, evaluate, prepare
 from aptp_ray.evaluate.generation import Drawn, artists, draw, missing
-from benchmarks.evaluate_bare import Bare, bare_processes
+from benchmarks.evaluate_bare import Bare, bare_processes, batch_size
 from cli import ray_session
 from evaluate import reference_images
 
@@ -51,7 +51,7 @@ def measure(say: Say, run_dir: str | None = None, images: int = _IMAGES) -> dict
     Args:
         say: writes a line for people.
         run_dir: a finished run; only read.
-        images: how many captions, at most; fewer for a trial. Files shrink with it, so that there are as many.
+        images: how many captions, at most; fewer for a trial. Files shrink with it, so that there are nearly as many.
 
     Raises:
         ConfigError: if there is no run.
@@ -120,7 +120,9 @@ def copied(run_dir: str, target: str, images: int) -> tuple[Config, RunDir]:
             place.parent.mkdir(parents=True, exist_ok=True)
             single = source.fs.isfile(source.path(part))
             source.fs.get(source.path(part) + ("" if single else "/"), f"{place}{'' if single else '/'}", recursive=not single)
-    per_file = max(1, config.evaluation.images_per_file * images // max(images, _IMAGES))
+    per_file = config.evaluation.images_per_file
+    if images < _IMAGES:  # in whole batches
+        per_file = max(1, per_file * images // _IMAGES // batch_size(config)) * batch_size(config)
     changes = {
         "run_dir": target,
         "evaluation.systems": [{"name": "mixture", "kind": "mixture"}],

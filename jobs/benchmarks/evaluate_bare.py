@@ -94,9 +94,14 @@ def bare_processes(config: Config, painters: Sequence[Painter], number: int) -> 
         processes.stop()
 
 
+def batch_size(config: Config) -> int:
+    """Images in one UNet call of an evaluation."""
+    return config.evaluation.batch_size or config.serve.max_batch_size or 8
+
+
 def dealt(config: Config, shards: Sequence[Shard], number: int) -> list[list[Piece]]:
     """Deals the batches of each painter to ``number`` processes, the next one first where another painter begins."""
-    size = config.evaluation.batch_size or config.serve.max_batch_size or 8
+    size = batch_size(config)
     captions: dict[Painter, list[Any]] = defaultdict(list)
     for shard in shards:
         captions[shard.painter] += shard.captions
