@@ -1,13 +1,15 @@
 """The evaluation's drawing, measured: one system's images by the job's actors, against the bare sampler in as many processes.
 
-Both sides draw the same captions with the same seeds, experts, batch size and threads, in turns, a round of shards each. The
-bare side is at its best: its processes hold all models before the clock starts, share each expert's captions evenly, write
-nothing, and none waits for another. What the job needs beside the images (captions, references, costs, scores) is timed once.
+Both sides draw the same captions with the same seeds, experts, batch size and threads, in turns, a round of shards each; files
+are smaller than the job's, so that a round has nearly as many as a whole drawing. The bare side is at its best: its processes
+hold all models before the clock starts, share each expert's captions evenly, write nothing, and none waits for another. What
+the job needs beside the images (captions, references, costs, scores) is timed once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -51,7 +53,7 @@ def measure(say: Say, run_dir: str | None = None, images: int = _IMAGES) -> dict
     Args:
         say: writes a line for people.
         run_dir: a finished run; only read.
-        images: how many captions, at most; fewer for a trial. Files shrink with it, so that there are nearly as many.
+        images: how many captions, at most; fewer for a trial, in which actors are idle for longer at the end of each round.
 
     Raises:
         ConfigError: if there is no run.
@@ -120,9 +122,9 @@ def copied(run_dir: str, target: str, images: int) -> tuple[Config, RunDir]:
             place.parent.mkdir(parents=True, exist_ok=True)
             single = source.fs.isfile(source.path(part))
             source.fs.get(source.path(part) + ("" if single else "/"), f"{place}{'' if single else '/'}", recursive=not single)
-    per_file = config.evaluation.images_per_file
-    if images < _IMAGES:  # in whole batches
-        per_file = max(1, per_file * images // _IMAGES // batch_size(config)) * batch_size(config)
+    # A round is a small drawing: with files of the job's size, its few shards would keep actors idle at its end as no job does.
+    share = config.evaluation.images_per_file * min(images, _IMAGES) / (_IMAGES * _ROUNDS)
+    per_file = math.ceil(share / batch_size(config)) * batch_size(config)  # in whole batches, as those of the job
     changes = {
         "run_dir": target,
         "evaluation.systems": [{"name": "mixture", "kind": "mixture"}],
