@@ -28,11 +28,17 @@ def last_sizes(folder: Path) -> list[int]:
     return [int(size) for size in path.read_text().split()[-3:]] if path.exists() else []
 
 
+def grow(cluster: Cluster) -> None:
+    """Adds a node from a thread: only the main one may set handlers of signals, as a node does that is to end with its driver."""
+    cluster._shutdown_at_exit = False
+    cluster.add_node(**CPU)
+
+
 def disturb(cluster: Cluster, spare: Any, folder: Path) -> None:
     """Takes a node away once the run has settled, adds one when it has again, and at last lets it come to its end."""
     for size, change in (
         (2, lambda: cluster.remove_node(spare)),
-        (1, lambda: cluster.add_node(**CPU)),
+        (1, lambda: grow(cluster)),
         (2, lambda: (folder / "go").touch()),
     ):
         while last_sizes(folder) != [size] * 3:

@@ -28,7 +28,7 @@ def test_a_run_goes_from_two_workers_to_one_and_back(tmp_path: Path) -> None:
     }
     driver = Path(__file__).with_name("elastic_driver.py")
     done = subprocess.run(
-        [sys.executable, str(driver), str(tmp_path), str(STEPS)], env=environment, capture_output=True, text=True, timeout=400
+        [sys.executable, str(driver), str(tmp_path), str(STEPS)], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     calm, run = tmp_path / "calm", tmp_path / "run"
