@@ -161,6 +161,7 @@ def test_light_rows_are_assigned_and_still_say_where_they_came_from(
         assert pq.read_schema(files_of(light, "assigned", f"expert={expert}")[0]).names == LIGHT_SCHEMA.names
 
 
+@pytest.mark.slow  # a minute where the machine is slow
 def test_macs_of_the_experts_are_those_that_pruning_recorded(run: RunDir, router_dir: str, tmp_path: Path) -> None:
     assert assign_split(run, router_dir=router_dir, num_experts=EXPERTS)["macs_ratio"] is None
     run.write_json({"experts": [{"macs_ratio": 0.5}, {"macs_ratio": 0.75}]}, "routing.json")
