@@ -98,6 +98,13 @@ class Tracker:
                 self._mode = attempt
                 return
 
+    @classmethod
+    def of(cls, config: Config, stage: str, **others: Any) -> Tracker:
+        """Begins the run of one stage, or one expert, where and as the config says; ``others`` as in the constructor."""
+        own = config.tracking
+        name = f"{config.name}-{stage}"
+        return cls(config=config, name=name, project=own.project, entity=own.entity, mode=own.mode, **others)
+
     @property
     def enabled(self) -> bool:
         """Whether anything is logged: for what is dear to compute and would go nowhere."""

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from aptp_ray.artifacts import RunDir, open_run
 from aptp_ray.config import Config, ConfigError
@@ -48,30 +47,26 @@ def other_runs(config: Config, load_with: Callable[[list[str]], Config]) -> dict
     }
 
 
-def make(config: Config, home: str, overwrite: bool) -> str:
-    """Makes one of the other runs, up to its experts; returns its directory."""
-    run = open_run(config)
+def make(config: Config, home: str, overwrite: bool) -> float:
+    """Makes one of the other runs, up to its experts; returns the seconds that it took."""
+    begun, run = time.monotonic(), open_run(config)
     run.prepare(config, next(iter(STAGE_FUNCTIONS)) if overwrite else None, overwrite=overwrite)
     take_over(config, run, RunDir(home, config.storage_options))
     for name, stage in STAGE_FUNCTIONS.items():
         if name != "report":
             run_stage(name, stage, config, run)
-    return run.uri
+    return time.monotonic() - begun
 
 
 def make_all(configs: list[Config], home: str, at_once: int, overwrite: bool) -> None:
     """Makes runs, some side by side."""
     import ray
 
-    # A task starts each run, because TorchTrainer.fit() needs the main thread of its process.
-    start = ray.remote(num_cpus=0, max_retries=0)(make)
-    waiting, running = list(configs), dict[Any, float]()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running[start.remote(waiting.pop(0), home, overwrite)] = time.monotonic()
-        (done,), _ = ray.wait(list(running))
-        begun = running.pop(done)
-        say(f"compare: {ray.get(done)} is made, {time.monotonic() - begun:.0f} s")
+    from aptp_ray.train.side_by_side import side_by_side
+
+    calls = [(one.run_dir, {"config": one, "home": home, "overwrite": overwrite}) for one in configs]
+    for where, task in side_by_side(make, calls, at_once):
+        say(f"compare: {where} is made, {ray.get(task):.0f} s")
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def finetune_extra(config: Config, run: RunDir, *folders: tuple[str, ...]) -> di
 def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     """Trains the experts: first together, then each apart, several side by side."""
     from aptp_ray.data import schema
-    from aptp_ray.train.experts import ExpertRun, side_by_side, steps_of, train_experts
+    from aptp_ray.train.experts import ExpertRun, most_at_once, steps_of, train_experts
     from aptp_ray.train.finetune import shared_worker
     from aptp_ray.train.launch import launch
 
@@ -194,7 +194,7 @@ def finetune(config: Config, run: RunDir) -> dict[str, Any]:
     ]
     held_out = reader_of(config, run, "encoded", "validation")
     facts["experts"] = train_experts(
-        runs, validation=held_out, config=config, run=run, at_once=side_by_side(config), say=say
+        runs, validation=held_out, config=config, run=run, at_once=most_at_once(config), say=say
     )
     return facts
 
@@ -212,15 +212,7 @@ def report(config: Config, run: RunDir) -> dict[str, Any]:
         # Spread over the showcase, which is sorted by kind of scene.
         prompts = [SHOWCASE[index * len(SHOWCASE) // count].text for index in range(count)]
     figures = build_report(config, run, prompts)
-    tracking = config.tracking
-    tracker = Tracker(
-        project=tracking.project,
-        entity=tracking.entity,
-        mode=tracking.mode,
-        name=f"{config.name}-report",
-        config=config,
-        directory=run.path("wandb") if run.is_local else None,
-    )
+    tracker = Tracker.of(config, "report", directory=run.path("wandb") if run.is_local else None)
     if tracker.enabled:
         tracker.log_page("report", run.read_bytes("report", "index.html").decode(), step=0)
         tracker.summary({name: value for name, value in figures.items() if isinstance(value, (int, float))})

@@ -15,10 +15,10 @@ from aptp_ray.evaluate.drawn_shards import Shard
 from aptp_ray.evaluate.likeness import Errors
 from aptp_ray.evaluate.systems import Caption, Cast, Painter
 
-# One row a caption: KEY, TEXT, GROUP; of each system "who draws" (index into the system's UNets in scores.json, in their order),
+# One row a caption: KEY, TEXT; of each system "who draws" (index into the system's UNets in scores.json, in their order),
 # "file" (below the run directory), and, where they could be had, "error" and "image_text", named as column() says.
 CAPTIONS = ("evaluation", "captions.parquet")
-KEY, TEXT, GROUP = "key", "text", "group"
+KEY, TEXT = "key", "text"
 UNET, FILE, ERROR, IMAGE_TEXT = "unet", "file", "error", "image_text"
 
 
@@ -46,11 +46,7 @@ def write_captions(
         errors: against the teacher's images.
         image_text: {system: [captions] image-text scores}; empty without an image-text model.
     """
-    columns: dict[str, Any] = {
-        KEY: [one.key for one in captions],
-        TEXT: [one.text for one in captions],
-        GROUP: [one.group for one in captions],
-    }
+    columns: dict[str, Any] = {KEY: [one.key for one in captions], TEXT: [one.text for one in captions]}
     for cast in casts:
         name, order = cast.system.name, list(cast.shares)
         drawn = list(zip(cast.painters, (one.key for one in captions), strict=True))

@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from aptp_ray.core.router import PromptRouter
 from aptp_ray.evaluate.grid import expert_color
 from aptp_ray.evaluate.widgets import bar, dot, inline, section
 from aptp_ray.evaluate.words import typical_words
@@ -20,38 +20,32 @@ KINDS = {
     "feed_forward": "feed-forward chunks",
     "depth": "whole blocks",
 }
-# Captions that are embedded to find those nearest to a code; more change little, and cost a minute a ten thousand.
-_AMONG = 1000
 _PROMPTS, _IMAGES = 5, 6
 
 
-def card_figures(router: PromptRouter, captions: Sequence[str], experts: Sequence[int]) -> list[dict[str, Any]]:
+def card_figures(captions: Sequence[str], experts: Sequence[int], similarity: Tensor) -> list[dict[str, Any]]:
     """What a card tells beyond what an expert costs.
 
     Args:
-        router: with its prompt encoder.
         captions: held-out ones.
         experts: where each is routed.
+        similarity: of each caption with each code, [captions, K].
 
     Returns:
-        of each expert its typical ``words`` against the captions of all others, and the ``prompts`` nearest to its code, among
-        the first thousand captions, with their ``similarity``.
+        of each expert its typical ``words`` against the captions of all others, and the ``prompts`` nearest to its code of those
+        routed to it (a caption may be near to this code and nearer to another), with their ``similarity``.
     """
-    some = list(dict.fromkeys(captions))[:_AMONG]
-    routing = router.route(some)
     found = []
-    for expert in range(router.num_codes):
-        own = [caption for caption, routed in zip(captions, experts, strict=True) if routed == expert]
+    for expert in range(similarity.shape[1]):
+        own = [index for index, routed in enumerate(experts) if routed == expert]
         rest = [caption for caption, routed in zip(captions, experts, strict=True) if routed != expert]
-        # Those that are routed to it: a caption may be near to this code and nearer to another.
-        mine = (routing.expert == expert).nonzero().flatten().tolist()
-        near = routing.similarity[:, expert].tolist()
-        nearest = sorted(mine, key=lambda index: (-near[index], index))[:_PROMPTS]
+        near = {captions[index]: float(similarity[index, expert]) for index in own}
+        nearest = sorted(near.items(), key=lambda item: (-item[1], item[0]))[:_PROMPTS]
         found.append(
             {
                 "id": expert,
-                "words": [asdict(word) for word in typical_words(own, rest)],
-                "prompts": [{"prompt": some[index], "similarity": round(near[index], 4)} for index in nearest],
+                "words": [asdict(word) for word in typical_words([captions[index] for index in own], rest)],
+                "prompts": [{"prompt": prompt, "similarity": round(value, 4)} for prompt, value in nearest],
             }
         )
     return found

@@ -44,6 +44,11 @@ def image_seed(seed: int, key: str) -> int:
     return key_seed(seed, "evaluation", key) % 2**31
 
 
+def batch_size(config: Config) -> int:
+    """Images in one UNet call of an evaluation."""
+    return config.evaluation.batch_size or config.serve.max_batch_size or 8
+
+
 @dataclass(frozen=True)
 class Drawn:
     """What drawing cost.
@@ -222,7 +227,7 @@ def open_sampler(
         unet,
         kept[painter.run_uri],
         scheduler=config.sampling.scheduler,
-        max_batch_size=config.evaluation.batch_size or config.serve.max_batch_size or 8,
+        max_batch_size=batch_size(config),
         resolution=config.data.resolution,
     )
 

@@ -243,9 +243,7 @@ def _sites(figures: dict[str, Any]) -> str:
     )
     legend = "".join(f"<span><i class='dot {kind}'></i>{name}</span>" for kind, name in KINDS.items())
     legend += "<span><i class='dot fixed'></i>not prunable</span>"
-    return (
-        f"<p class=legend>{legend}</p>{strips}<div class='strip axis'><span></span><div>{axis}</div></div>{_kept(figures)}"
-    )
+    return f"<p class=legend>{legend}</p>{strips}<div class='strip axis'><span></span><div>{axis}</div></div>"
 
 
 def _strip(sites: list[dict[str, Any]], fixed: int, total: int, expert: int) -> str:
@@ -261,23 +259,6 @@ def _strip(sites: list[dict[str, Any]], fixed: int, total: int, expert: int) -> 
         x += width
     label = f"expert {expert}: what is kept of every site"
     return f'<svg viewBox="0 0 1000 40" preserveAspectRatio="none" role="img" aria-label="{label}">{"".join(bars)}</svg>'
-
-
-def _kept(figures: dict[str, Any]) -> str:
-    kinds = [kind for kind in KINDS if kind in figures["experts"][0]["kept"]]
-    head = "".join(f"<th>{KINDS[kind]}</th>" for kind in kinds)
-    rows = "".join(
-        f"<tr><td class=name>{dot(expert['id'])}expert {expert['id']}</td>"
-        + "".join(
-            f"<td>{bar(expert['kept'][kind], expert_color(expert['id']))}{expert['kept'][kind]:.0%}</td>" for kind in kinds
-        )
-        + "</tr>"
-        for expert in figures["experts"]
-    )
-    return (
-        "<h3>Kept of each kind</h3><div class=wide><table><thead><tr><th class=name></th>"
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
 
 
 def _block(name: str) -> str:

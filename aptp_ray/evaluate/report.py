@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -18,7 +16,7 @@ from aptp_ray.artifacts import RunDir, RunDirError, resolve_source, versions
 from aptp_ray.config import Config
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.router import PromptRouter
-from aptp_ray.data.schema import CAPTION, EXPERT, GROUP, KEY, METADATA
+from aptp_ray.data.schema import CAPTION, EXPERT
 from aptp_ray.evaluate import measures
 from aptp_ray.evaluate.captions import read_evaluated
 from aptp_ray.evaluate.cards import card_figures
@@ -29,13 +27,10 @@ from aptp_ray.evaluate.grid import expert_color, grid_of
 from aptp_ray.evaluate.hardness import hardest_images, hardness_figures
 from aptp_ray.evaluate.needs import NEEDS
 from aptp_ray.evaluate.page import render_page
+from aptp_ray.evaluate.prompts import ALTERNATE_EXPERTS, labels_of, similarity_of, validation_rows
 from aptp_ray.evaluate.tried import TRIED, with_ratios
 
-# The column in which assigned/validation.parquet holds where a row's other captions are routed.
-_ALTERNATE_EXPERTS = "alternate_experts"
 _GRID_COLUMNS = 6
-# A metadata field with more values than this is no label of a kind of prompt (a key, a URL, a subject).
-_MOST_VALUES = 12
 
 
 def build_report(config: Config, run: RunDir, prompts: Sequence[str] = ()) -> dict[str, Any]:
@@ -58,7 +53,7 @@ def build_report(config: Config, run: RunDir, prompts: Sequence[str] = ()) -> di
     if router.macs is None:
         raise RunDirError(f"{run.address('router')} does not say what its codes cost: make it with jobs/prune.py")
     macs = MacsModel.from_dict(router.macs)
-    rows = _validation_rows(run)
+    rows = validation_rows(run)
     chosen = list(prompts) or list(dict.fromkeys(rows.column(CAPTION).to_pylist()))[: config.report.num_prompts]
     drawn = draw_samples(
         config,
@@ -75,7 +70,7 @@ def build_report(config: Config, run: RunDir, prompts: Sequence[str] = ()) -> di
     figures = {
         "name": config.name,
         **cost_figures(config, run, router, macs, routed, drawn),
-        "cards": card_figures(router, rows.column(CAPTION).to_pylist(), routed),
+        "cards": card_figures(rows.column(CAPTION).to_pylist(), routed, similarity_of(run, rows, router)),
         "routing": routing_figures(run, rows, router, seed=config.report.seed),
         "sites": site_figures(router, macs),
         **sample_figures(drawn.samples),
@@ -145,7 +140,7 @@ def routing_figures(run: RunDir, rows: pa.Table, router: PromptRouter, *, seed: 
     """What decides where validation prompts go, each figure beside what chance gives."""
     experts = rows.column(EXPERT).to_pylist()
     labels = []
-    for name, values in _labels(run, rows).items():
+    for name, values in labels_of(run, rows).items():
         control = measures.shuffled_control(values, experts, seed=seed)
         labels.append(
             {
@@ -160,7 +155,7 @@ def routing_figures(run: RunDir, rows: pa.Table, router: PromptRouter, *, seed: 
     return {
         "prompts": len(experts),
         "labels": labels,
-        "captions": asdict(measures.caption_agreement(experts, rows.column(_ALTERNATE_EXPERTS).to_pylist())),
+        "captions": asdict(measures.caption_agreement(experts, rows.column(ALTERNATE_EXPERTS).to_pylist())),
         "overlap": measures.code_overlap(router.hard_codes.numpy()).tolist(),
     }
 
@@ -221,35 +216,6 @@ def sample_sheet(samples: Sequence[Sample], ratios: Sequence[float]) -> Image.Im
         note_colors=[expert_color(sample.expert) for sample in samples],
         row_labels=("teacher", "expert"),
     )
-
-
-def _validation_rows(run: RunDir) -> pa.Table:
-    content = run.read_bytes("assigned", "validation.parquet")
-    rows = pq.read_table(io.BytesIO(content), columns=[KEY, CAPTION, GROUP, EXPERT, _ALTERNATE_EXPERTS])
-    if not rows.num_rows:
-        raise RunDirError(f"{run.address('assigned', 'validation.parquet')} has no rows: encode validation shards")
-    return rows
-
-
-def _labels(run: RunDir, rows: pa.Table) -> dict[str, list[str]]:
-    """The prompts' group, and the fields of the source's metadata that name a kind of prompt, where there are any."""
-    labels = {GROUP: rows.column(GROUP).to_pylist()}
-    files = sorted(run.fs.glob(run.path("encoded", "validation", "part-*.parquet")))
-    if files:
-        tables = []
-        for file in files:
-            with run.fs.open(file, "rb") as stream:
-                tables.append(pq.read_table(stream, columns=[KEY, METADATA]))
-        encoded = pa.concat_tables(tables)
-        by_key = dict(zip(encoded.column(KEY).to_pylist(), encoded.column(METADATA).to_pylist(), strict=True))
-        fields = [json.loads(by_key.get(key) or "{}") for key in rows.column(KEY).to_pylist()]
-        for name in fields[0]:
-            values = [field.get(name) for field in fields]
-            if name not in labels and all(isinstance(value, str) for value in values):
-                labels[name] = values
-    # A label names a kind of prompt: few values, each of them shared by prompts.
-    most = {name: min(_MOST_VALUES, len(values) // 2) for name, values in labels.items()}
-    return {name: values for name, values in labels.items() if 1 < len(set(values)) <= most[name] or name == GROUP}
 
 
 def _kept_by_kind(router: PromptRouter, code: torch.Tensor) -> dict[str, float]:

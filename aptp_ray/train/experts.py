@@ -12,6 +12,7 @@ from aptp_ray.artifacts import RunDir
 from aptp_ray.config import Config, Loop, UserError
 from aptp_ray.train.feed import RowReader
 from aptp_ray.train.launch import finished, launch
+from aptp_ray.train.side_by_side import side_by_side
 
 # By name: the task that starts a run would otherwise import diffusers, half a gigabyte, only to hand the function on.
 WORKER = "aptp_ray.train.finetune:expert_worker"
@@ -64,41 +65,32 @@ def train_experts(
     Raises:
         ExpertsFailed: once the others have ended, if any failed; the same command takes those up again.
     """
-    waiting = sorted(runs, key=lambda item: -item.rows.num_rows)
-    # A task starts each run, because TorchTrainer.fit() needs the main thread of its process.
-    start = ray.remote(num_cpus=0, max_retries=0)(launch)
-    running: dict[Any, ExpertRun] = {}
     outcomes: dict[int, dict[str, Any]] = {}
     problems: dict[int, str] = {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            item = waiting.pop(0)
-            if finished(run, item.name):
-                outcomes[item.expert] = run.read_json("train", item.name, "outcome.json")
-                say(f"finetune: expert {item.expert} was done before, skipped")
-                continue
-            reference = start.remote(
-                WORKER,
-                config=config,
-                run=run,
-                name=item.name,
-                loop=item.loop,
-                rows=item.rows,
-                validation=validation,
-                extra=item.extra | {"expert": item.expert, "loop": item.loop},
-            )
-            running[reference] = item
-        if not running:
-            break
-        done, _ = ray.wait(list(running))
-        for reference in done:
-            item = running.pop(reference)
-            try:
-                outcomes[item.expert] = ray.get(reference)
-                say(f"finetune: expert {item.expert}, {outcomes[item.expert]['train_seconds']:.0f} s")
-            except Exception as error:  # whatever ended one run, the others go on
-                problems[item.expert] = cause(error)
-                say(f"finetune: expert {item.expert} FAILED: {problems[item.expert]}")
+    left = []
+    for item in sorted(runs, key=lambda item: -item.rows.num_rows):
+        if finished(run, item.name):
+            outcomes[item.expert] = run.read_json("train", item.name, "outcome.json")
+            say(f"finetune: expert {item.expert} was done before, skipped")
+            continue
+        arguments = {
+            "worker": WORKER,
+            "config": config,
+            "run": run,
+            "name": item.name,
+            "loop": item.loop,
+            "rows": item.rows,
+            "validation": validation,
+            "extra": item.extra | {"expert": item.expert, "loop": item.loop},
+        }
+        left.append((item.expert, arguments))
+    for expert, task in side_by_side(launch, left, at_once):
+        try:
+            outcomes[expert] = ray.get(task)
+            say(f"finetune: expert {expert}, {outcomes[expert]['train_seconds']:.0f} s")
+        except Exception as error:  # whatever ended one run, the others go on
+            problems[expert] = cause(error)
+            say(f"finetune: expert {expert} FAILED: {problems[expert]}")
     if problems:
         done_ones = ", ".join(map(str, sorted(outcomes))) or "none"
         raise ExpertsFailed(
@@ -108,7 +100,7 @@ def train_experts(
     return [outcomes[item.expert] for item in runs]
 
 
-def side_by_side(config: Config) -> int:
+def most_at_once(config: Config) -> int:
     """Returns how many experts are fine-tuned at once: as many as the cluster has room for.
 
     On CPUs the config's ``compute.workers`` say what room there is: a machine's logical CPUs do not.

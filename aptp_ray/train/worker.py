@@ -67,13 +67,9 @@ class Worker:
             return outcome
 
         parts.save = save_and_record
-        tracking = self.config.tracking
-        tracker = Tracker(
-            project=tracking.project,
-            entity=tracking.entity,
-            mode=tracking.mode,
-            name=f"{self.config.name}-{self.name}",
-            config=self.config,
+        tracker = Tracker.of(
+            self.config,
+            self.name,
             directory=self.run.path("wandb") if self.run.is_local else None,
             rank=self.place.rank,
             run_id=self._tracking_id() if self.place.rank == 0 else None,

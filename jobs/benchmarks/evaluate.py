@@ -25,8 +25,8 @@ from aptp_ray.config import Config, ConfigError, load_config
 from aptp_ray.evaluate.drawn_shards import Shard
 from aptp_ray.evaluate.encoders import Encoders
 from aptp_ray.evaluate.evaluation import actors_of, device_of, drawing_figures, evaluate, prepare
-from aptp_ray.evaluate.generation import Drawn, artists, draw, missing
-from benchmarks.evaluate_bare import Bare, bare_processes, batch_size
+from aptp_ray.evaluate.generation import Drawn, artists, batch_size, draw, missing
+from benchmarks.evaluate_bare import Bare, bare_processes
 from cli import ray_session
 from evaluate import reference_images
 

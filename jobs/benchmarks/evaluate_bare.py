@@ -18,7 +18,7 @@ from aptp_ray.config import Config
 from aptp_ray.core.components import Components
 from aptp_ray.core.sampler import Sampler
 from aptp_ray.evaluate.drawn_shards import Shard
-from aptp_ray.evaluate.generation import image_seed, open_sampler, open_unet
+from aptp_ray.evaluate.generation import batch_size, image_seed, open_sampler, open_unet
 from aptp_ray.evaluate.systems import Painter
 
 # For one process: painter, texts and seeds of one call of the sampler.
@@ -92,11 +92,6 @@ def bare_processes(config: Config, painters: Sequence[Painter], number: int) -> 
         yield processes
     finally:
         processes.stop()
-
-
-def batch_size(config: Config) -> int:
-    """Images in one UNet call of an evaluation."""
-    return config.evaluation.batch_size or config.serve.max_batch_size or 8
 
 
 def dealt(config: Config, shards: Sequence[Shard], number: int) -> list[list[Piece]]:

@@ -37,6 +37,7 @@ from aptp_ray.train.feed import first_rows
 from aptp_ray.train.finetune import shared_worker
 from aptp_ray.train.launch import launch
 from aptp_ray.train.prune import prune_worker
+from aptp_ray.train.side_by_side import side_by_side
 from aptp_ray.train.static import static_worker
 from aptp_ray.train.worker import fast_attention, noise_schedule
 from cli import DEMO_CONFIG, ray_session, run_stage
@@ -90,9 +91,14 @@ START = "all departures, and contrast"
 HELD_OUT, BATCH = 512, 64
 VALIDATION = ("encoded", "validation")
 _SIZES = {"train_images": 4000, "validation_images": HELD_OUT}
-_BUDGET = ["prune.budget=0.5"]
 _CONTRAST = f"prune.weights.contrastive={PruneWeights().contrastive}"
-_STEPS = [*_BUDGET, _CONTRAST, "prune.loop.steps=120", "finetune.shared.steps=40", "finetune.shared.checkpoint_every_steps=40"]
+_STEPS = [
+    "prune.budget=0.5",
+    _CONTRAST,
+    "prune.loop.steps=120",
+    "finetune.shared.steps=40",
+    "finetune.shared.checkpoint_every_steps=40",
+]
 # Variants run side by side, one a core: that keeps all cores at work, and twenty runs in half the time.
 _ALONE = ["compute.workers=1", "compute.threads_per_worker=1", "tracking.mode=disabled"]
 
@@ -150,7 +156,7 @@ def measure(say: Callable[[str], None], run_dir: str | None = None, only: str | 
     variants = chosen(only, all_variants())
     home = load_run(run_dir)[0] if run_dir else None
     sizes = sizes_like(home)
-    waiting, figures = list(variants.items()), dict[str, Any]()
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         common = [*sizes, *_STEPS, *_ALONE]
         config = load_config(DEMO_CONFIG, [f"run_dir={folder}/encoded", *common])
@@ -162,18 +168,13 @@ def measure(say: Callable[[str], None], run_dir: str | None = None, only: str | 
         with ray_session(config):
             for stage in ("teacher", "encode"):
                 run_stage(stage, STAGE_FUNCTIONS[stage], config, run)
-            # A task starts each run, because TorchTrainer.fit() needs the main thread of its process.
-            start = ray.remote(num_cpus=0, max_retries=0)(variant)
-            running: dict[Any, str] = {}
-            while waiting or running:
-                while waiting and len(running) < (os.cpu_count() or 1):
-                    name, options = waiting.pop(0)
-                    changes = [f"run_dir={folder}/{len(waiting):02d}", *common, *options]
-                    running[start.remote(changes, run.uri)] = name
-                (done,), _ = ray.wait(list(running))
-                name = running.pop(done)
+            calls = [
+                (name, {"changes": [f"run_dir={folder}/{number:02d}", *common, *options], "encoded": run.uri})
+                for number, (name, options) in enumerate(variants.items())
+            ]
+            for name, task in side_by_side(variant, calls, os.cpu_count() or 1):
                 try:
-                    figures[name] = ray.get(done)
+                    figures[name] = ray.get(task)
                 except RayTaskError as error:  # what does not work is a result, too
                     if name == START:
                         raise

