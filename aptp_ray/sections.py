@@ -216,6 +216,10 @@ class Prune(Section):
     )
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0, description="first part of the steps, in which e itself is the code")
     importance_samples: Positive = Field(8, description="noised samples by which each entry's closing is judged")
+    importances_at: Annotated[list[Fraction], YOUNG] = Field(
+        [], description="MACs ratios at which entries are judged anew on the way down, beside what is left (ablation_greedy: "
+        "those above the budget; needs: all of them). It pays where quality falls off steeply"
+    )
     importance_batch: Annotated[Positive, HOW] = Field(128, description="rows of one such forward")
     gate_placement: Literal["after_norm", "before_norm"] = Field(
         "after_norm", description="where a resnet's masks act; before_norm (reference): pruning changes what the masks promised"

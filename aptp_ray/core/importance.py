@@ -72,15 +72,21 @@ def measure_importance(
     batches: Iterable[ImportanceBatch],
     *,
     macs: MacsModel,
+    code: Tensor | None = None,
     chunk: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Importance:
     """Closes every entry once on every sample and measures what it does to the output.
 
+    Given a code, what it leaves open is closed on top of what it has closed: entries stand in for one another, so that what
+    was worth little beside all others can be worth a lot once those are gone. Scores are then what the error *rises* by (it may
+    fall), and what is closed already, or lies in a closed block, scores minus infinity.
+
     Args:
         gated: the teacher; put in evaluation mode for the time being.
-        batches: samples, drawn by the caller. Each costs `dim` rows and one more.
+        batches: samples, drawn by the caller. Each costs a row for every open entry and one or two more.
         macs: the MACs of this teacher's codes.
+        code: bool [dim] of what is still open; None: everything.
         chunk: rows to a forward pass.
         progress: called with (rows done, rows of this batch) after each forward pass.
 
@@ -90,6 +96,7 @@ def measure_importance(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     dim = gated.space.dim
+    live = torch.ones(dim, dtype=torch.bool) if code is None else gated.space.effective(code.cpu().double()) > 0
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     total, num_samples = torch.zeros(dim, dtype=torch.float64), 0
@@ -97,7 +104,7 @@ def measure_importance(
     gated.eval()
     try:
         for batch in batches:
-            rises = _rises(gated, batch, chunk, progress)  # [n, dim]
+            rises = _rises(gated, batch, live, None if code is None else code.cpu().bool(), chunk, progress)  # [n, dim]
             total += rises.sum(dim=0)
             num_samples += len(rises)
             # Without labels there is nothing to group by.
@@ -108,8 +115,9 @@ def measure_importance(
         gated.train(training)
     if num_samples == 0:
         raise ValueError("no samples to measure importance on; the batches are empty")
-    groups = {label: sums[label] / counts[label] for label in sums}
-    return Importance(total / num_samples, macs.entry_macs().double().cpu(), groups, num_samples)
+    groups = {label: (sums[label] / counts[label]).masked_fill(~live, -torch.inf) for label in sums}
+    score = (total / num_samples).masked_fill(~live, -torch.inf)
+    return Importance(score, macs.entry_macs(code).double().cpu(), groups, num_samples)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -127,28 +135,42 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def _rises(
-    gated: GatedUNet, batch: ImportanceBatch, chunk: int, progress: Callable[[int, int], None] | None
+    gated: GatedUNet,
+    batch: ImportanceBatch,
+    live: Tensor,
+    code: Tensor | None,
+    chunk: int,
+    progress: Callable[[int, int], None] | None,
 ) -> Tensor:
-    """float64 [n, dim]: mean squared change of each sample's output when each entry closes."""
-    num_samples, dim = len(batch.sample), gated.space.dim
-    teacher = _forward(gated, batch, torch.arange(num_samples)).float()
+    """float64 [n, dim]: how much each sample's squared error rises when each live entry closes; 0 for the others."""
+    num_samples, everything = len(batch.sample), torch.arange(len(batch.sample))
+    teacher = _forward(gated, batch, everything).float()
     if not teacher.isfinite().all():
         raise ValueError("the teacher's output holds NaN or infinity; check the latents' scale and the precision")
-    rises = torch.zeros(num_samples * dim, dtype=torch.float64)
-    for start in range(0, len(rises), chunk):
-        flat = torch.arange(start, min(start + chunk, len(rises)))
-        sample, entry = flat // dim, flat % dim
-        codes = torch.ones(len(flat), dim, dtype=torch.bool)
-        codes[torch.arange(len(flat)), entry] = False
+
+    def errors(codes: Tensor, sample: Tensor) -> Tensor:
         with gated.use(codes.to(batch.sample.device)):
             output = _forward(gated, batch, sample).float()
-        difference = output - teacher[sample.to(teacher.device)]
-        rises[flat] = difference.pow(2).flatten(1).mean(dim=1).double().cpu()
+        return (output - teacher[sample.to(teacher.device)]).pow(2).flatten(1).mean(dim=1).double().cpu()
+
+    start = torch.ones(len(live), dtype=torch.bool) if code is None else code
+    before = torch.zeros(num_samples, dtype=torch.float64)
+    if code is not None:
+        before = torch.cat([errors(code.expand(len(rows), -1), rows) for rows in everything.split(chunk)])
+    entries = live.nonzero().flatten()
+    rises = torch.zeros(num_samples * len(entries), dtype=torch.float64)
+    for flat in torch.arange(len(rises)).split(chunk):
+        sample, entry = flat // len(entries), entries[flat % len(entries)]
+        codes = start.repeat(len(flat), 1)
+        codes[torch.arange(len(flat)), entry] = False
+        rises[flat] = errors(codes, sample) - before[sample]
         if progress is not None:
             progress(int(flat[-1]) + 1, len(rises))
     if not rises.isfinite().all():
         raise ValueError("closing an entry gave NaN or infinity; measure in float32 or bfloat16")
-    return rises.reshape(num_samples, dim)
+    found = torch.zeros(num_samples, len(live), dtype=torch.float64)
+    found[:, entries] = rises.reshape(num_samples, len(entries))
+    return found
 
 
 def _forward(gated: GatedUNet, batch: ImportanceBatch, rows: Tensor) -> Tensor:

@@ -134,16 +134,21 @@ class MacsModel:
         """MACs over the teacher's MACs: [..., dim] -> float64 [...], differentiable."""
         return self.macs(codes) / self.total
 
-    def entry_macs(self) -> Tensor:
-        """float64 [dim]: the MACs that closing each entry saves in the full model.
+    def entry_macs(self, code: Tensor | None = None) -> Tensor:
+        """float64 [dim]: the MACs that closing each entry saves in the full model, or in what a code has left of it.
 
-        A depth entry saves its whole module, with all width entries inside.
+        A depth entry saves its whole module, with all width entries inside that are open; what is closed saves nothing.
+
+        Args:
+            code: bool [dim] of what is open; None: everything.
         """
         full = self._own_macs.clone()
+        if code is not None:
+            full *= self.space.effective(code.to(full.device)).to(full.dtype)
         covering = self.space.depth_of_entry
         covered = covering >= 0
         depth = full[self.space.num_width :]
-        depth.index_add_(0, covering[covered], self._own_macs[: self.space.num_width][covered])
+        depth.index_add_(0, covering[covered], full[: self.space.num_width][covered])
         return full
 
     def to_dict(self) -> dict[str, Any]:

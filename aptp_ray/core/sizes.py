@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aptp_ray.core.baselines import ablation_greedy
+from aptp_ray.core.ablation import AblationPath
 from aptp_ray.core.budget import HardCodes
 from aptp_ray.core.gates import GatedUNet
-from aptp_ray.core.importance import Importance, ImportanceBatch
-from aptp_ray.core.macs import MacsModel
+from aptp_ray.core.importance import ImportanceBatch
 
 # Sizes at which errors are measured, as parts of the budget.
 _GRID = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
@@ -25,14 +24,11 @@ _GRID = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
 
 def sized_codes(
     gated: GatedUNet,
-    macs: MacsModel,
     groups: Sequence[ImportanceBatch],
     *,
-    importance: Importance,
+    path: AblationPath,
     budget: float,
     shares: Tensor,
-    alignment: int = 8,
-    tolerance: float = 0.005,
 ) -> HardCodes:
     """One code for each group of prompts: entries by importance per MAC, sizes by water-filling over the group's own errors.
 
@@ -40,21 +36,17 @@ def sized_codes(
 
     Args:
         gated: the teacher.
-        macs: the MACs of its codes.
         groups: K groups of noised prompts, those of each code; the same noise and timesteps in all of them compare best.
-        importance: of all entries, over all prompts.
-        budget: the mean MACs ratio, weighted by share.
+        path: codes of all sizes, by importances over all prompts.
+        budget: the mean MACs ratio, weighted by share; met as nearly as the path's codes meet their sizes.
         shares: [K] of the prompts.
-        alignment: channel counts become multiples of this.
-        tolerance: largest relative distance of each code from its size, and hence of the mean from the budget.
 
     Raises:
         ValueError: a budget out of reach.
     """
 
     def code_of(ratio: float) -> Tensor:
-        code = ablation_greedy(gated.space, macs, ratio, importance=importance, alignment=alignment, tolerance=tolerance)
-        return code.to(groups[0].sample.device)
+        return path.code(ratio).to(groups[0].sample.device)
 
     kinds = [str(index) for index in range(len(groups))]
     codes, errors = dict[float, Tensor](), dict[float, dict[str, float]]()
@@ -74,7 +66,7 @@ def sized_codes(
         weight * match_error(gated, code, group) for weight, code, group in zip(weights.tolist(), sized, groups, strict=True)
     )
     kept = torch.stack(sized if lost < found["equal"] else [codes[budget]] * len(groups)).cpu()
-    ratios = macs.ratio(kept)
+    ratios = path.macs.ratio(kept)
     return HardCodes(codes=kept, ratios=ratios, macs_ratio=float(ratios @ weights), offset=0.0, flips=0)
 
 

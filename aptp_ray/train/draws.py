@@ -110,10 +110,12 @@ def _unpacked(column: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndar
     return np.ascontiguousarray(column).view(dtype).reshape(len(column), *shape)
 
 
-def noised_batch(rows: dict[str, Any], seed: int, alphas: Tensor, mine: slice, device: torch.device) -> ImportanceBatch:
-    """Noises rows at timesteps spread evenly over the schedule (the middle of equal strata)."""
+def noised_batch(
+    rows: dict[str, Any], seed: int, alphas: Tensor, mine: slice, device: torch.device, before: int = 0
+) -> ImportanceBatch:
+    """Noises rows at timesteps spread evenly over the schedule (the middle of equal strata); anew after those ``before``."""
     count = len(rows["mean"])
-    generator = keyed_generator(seed, "importance")
+    generator = keyed_generator(seed, "importance", *([before] if before else []))
     noise = torch.randn(rows["mean"].shape, generator=generator)
     timesteps = ((torch.arange(count) + 0.5) / count * len(alphas)).long()[torch.randperm(count, generator=generator)]
     scale = alphas[timesteps].view(-1, 1, 1, 1)

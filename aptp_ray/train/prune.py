@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import torch.distributed as dist
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from aptp_ray.artifacts import RunDir, resolve_source
@@ -20,7 +18,6 @@ from aptp_ray.core.collapse import largest_of_pairs, overlaps
 from aptp_ray.core.components import denoiser_config
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.hardening import harden_codes, start_logits
-from aptp_ray.core.importance import measure_importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.prompt_encoder import PromptEncoder
 from aptp_ray.core.prune_objective import PruneObjective
@@ -31,8 +28,8 @@ from aptp_ray.core.running import compile_unet
 from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.data import schema
 from aptp_ray.encoding import Encoding
-from aptp_ray.tracking import Progress
-from aptp_ray.train.draws import Draws, decode_encoded, noised_batch
+from aptp_ray.train.ablation import measured_path
+from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
 from aptp_ray.train.sizes import measured_codes
@@ -68,11 +65,13 @@ def prune_worker(settings: dict[str, Any]) -> None:
 
     # -- where codes start ---------------------------------------------------------------------------------------------
     text_states = text_states_of(encoding, teacher_dir, worker.place.device)
-    score = None
+    path = None
     if spec.start == "importance" or spec.hardening == "needs":
         samples = decode_encoded(ray.get(settings["samples"]), encoding, text_states)
-        score = importance(worker, gated, macs, samples, schedule.alphas_cumprod)
-    router = new_router(config, gated.space, macs, score if spec.start == "importance" else None, encoding.embedding_dim)
+        again = spec.importances_at if spec.hardening == "needs" else []
+        path = measured_path(worker, gated, macs, samples, schedule.alphas_cumprod, again)
+    score = path.importances[0].score if path is not None and spec.start == "importance" else None
+    router = new_router(config, gated.space, macs, score, encoding.embedding_dim)
     embeddings = prompt_embeddings(ray.get(settings["prompts"]))
     objective = PruneObjective(
         router,
@@ -124,11 +123,9 @@ def prune_worker(settings: dict[str, Any]) -> None:
             embeddings, epsilon=config.router.epsilon, relative=config.router.relative_epsilon
         )
         shares = routed_shares(router, prompt_embeddings(held_out))
-        if score is not None and spec.hardening == "needs":
+        if path is not None and spec.hardening == "needs":
             needs = decode_encoded(ray.get(settings["needs"]), encoding, text_states)
-            hard = measured_codes(
-                worker, router, gated, macs, rows=needs, score=score, shares=shares, alphas=schedule.alphas_cumprod
-            )
+            hard = measured_codes(worker, router, gated, path, rows=needs, shares=shares, alphas=schedule.alphas_cumprod)
         else:
             hard = harden(config, router, macs, shares)
         write_router(worker.run, config, router, macs, hard, shares)
@@ -232,33 +229,6 @@ def new_router(
     encoder = PromptEncoder.from_pretrained(resolve_source(source, config.storage_options))
     encoder.source = source  # as the config names it: a path of this machine means nothing on another
     return router.attach(encoder)
-
-
-def importance(worker: Worker, gated: GatedUNet, macs: MacsModel, rows: dict[str, Any], alphas: Tensor) -> Tensor:
-    """Measures each entry's importance on rows, parted among the ranks; kept beside the run's checkpoints.
-
-    Returns:
-        float64 [dim], the same on every rank.
-    """
-    kept = ("train", worker.name, "importance.safetensors")
-    if worker.run.exists(*kept):
-        return load(worker.run.read_bytes(*kept))["score"]
-    spec, place = worker.config.prune, worker.place
-    mine = slice(place.rank, None, place.world_size)
-    batch = noised_batch(rows, spec.loop.seed, alphas, mine, place.device)
-    total = len(range(len(rows["mean"]))[mine]) * (gated.space.dim + 1)
-    progress = Progress("importance", total, unit="rows", enabled=place.rank == 0)
-    measured = measure_importance(
-        gated, [batch], macs=macs, chunk=spec.importance_batch, progress=lambda done, _: progress.update(done)
-    )
-    joined = torch.stack([measured.score * measured.num_samples, torch.full_like(measured.score, measured.num_samples)])
-    if place.world_size > 1:
-        joined = joined.to(place.device)
-        dist.all_reduce(joined)
-    score = (joined[0] / joined[1]).cpu()
-    if place.rank == 0:
-        worker.run.write_bytes(save({"score": score}), *kept)
-    return score
 
 
 def routed_shares(router: PromptRouter, validation: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aptp_ray.core.ablation import AblationPath
 from aptp_ray.core.budget import HardCodes
 from aptp_ray.core.gates import GatedUNet
-from aptp_ray.core.importance import Importance
-from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.router import PromptRouter
 from aptp_ray.core.sizes import sized_codes
 from aptp_ray.train.draws import noised_batch
@@ -25,10 +24,9 @@ def measured_codes(
     worker: Worker,
     router: PromptRouter,
     gated: GatedUNet,
-    macs: MacsModel,
+    path: AblationPath,
     *,
     rows: dict[str, Any],
-    score: Tensor,
     shares: Tensor,
     alphas: Tensor,
 ) -> HardCodes:
@@ -38,9 +36,8 @@ def measured_codes(
         worker: whose config says the budget.
         router: as it has been trained.
         gated: the teacher.
-        macs: the MACs of its codes.
+        path: codes of all sizes.
         rows: decoded training rows with embeddings.
-        score: [dim], each entry's measured importance.
         shares: [K] of held-out prompts.
         alphas: [train timesteps].
 
@@ -60,15 +57,7 @@ def measured_codes(
         # The same noise and timesteps for each code: what differs are the prompts.
         part = {name: rows[name][mine.numpy()] for name in ("mean", "text_states")}
         groups.append(noised_batch(part, config.prune.loop.seed, alphas, slice(0, None), device))
-    hard = sized_codes(
-        gated,
-        macs,
-        groups,
-        importance=Importance(score.double(), macs.entry_macs().double().cpu()),
-        budget=config.prune.budget,
-        shares=shares,
-        alignment=config.router.alignment,
-    )
+    hard = sized_codes(gated, groups, path=path, budget=config.prune.budget, shares=shares)
     router.set_hard_codes(hard.codes)
     sizes = ", ".join(f"{ratio:.3f}" for ratio in hard.ratios.tolist())
     print(f"[{worker.name}] sizes by measured need: {sizes}", file=sys.stderr, flush=True)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from scipy.optimize import brentq
 
+from aptp_ray.core.ablation import AblationPath, ablate
 from aptp_ray.core.baselines import ablation_greedy
 from aptp_ray.core.budget import HardCodes
 from aptp_ray.core.gates import GatedUNet
-from aptp_ray.core.importance import Importance, ImportanceBatch, measure_importance
+from aptp_ray.core.importance import ImportanceBatch, measure_importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.sizes import match_error, sized_codes, water_filling
 from tests.core.tiny import tiny_sd21
@@ -72,32 +73,32 @@ def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def importance() -> Importance:
-    return measure_importance(GATED, [group(1.0, 9, rows=2)], macs=MACS)
+def path() -> AblationPath:
+    return ablate(MACS, lambda code, before: measure_importance(GATED, [group(1.0, 9, rows=2)], macs=MACS, code=code), [])
 
 
-def sized(groups: list[ImportanceBatch], importance: Importance, shares: list[float], budget: float = 0.7) -> HardCodes:
-    return sized_codes(GATED, MACS, groups, importance=importance, budget=budget, shares=torch.tensor(shares))
+def sized(groups: list[ImportanceBatch], path: AblationPath, shares: list[float], budget: float = 0.7) -> HardCodes:
+    return sized_codes(GATED, groups, path=path, budget=budget, shares=torch.tensor(shares))
 
 
 def lost(groups: list[ImportanceBatch], codes: torch.Tensor, shares: list[float]) -> float:
     return sum(s * match_error(GATED, code, one) for s, code, one in zip(shares, codes, groups, strict=True))
 
 
-def test_sizes_meet_the_budget_in_the_mean_and_lose_no_more_than_equal_ones(importance: Importance) -> None:
+def test_sizes_meet_the_budget_in_the_mean_and_lose_no_more_than_equal_ones(path: AblationPath) -> None:
     groups, shares = [group(0.02, 1), group(3.0, 2)], [0.6, 0.4]
-    found = sized(groups, importance, shares)
+    found = sized(groups, path, shares)
     mean = float(MACS.ratio(found.codes) @ torch.tensor(shares, dtype=torch.float64))
     assert found.macs_ratio == pytest.approx(mean) and mean == pytest.approx(0.7, rel=5e-3)
-    equal = ablation_greedy(GATED.space, MACS, 0.7, importance=importance)
+    equal = ablation_greedy(GATED.space, MACS, 0.7, importance=path.importances[0])
     assert lost(groups, found.codes, shares) <= lost(groups, equal.expand(2, -1), shares)
 
 
-def test_groups_that_need_the_same_get_the_code_of_one(importance: Importance) -> None:
-    found = sized([group(1.0, 1), group(1.0, 1)], importance, [0.25, 0.75])
+def test_groups_that_need_the_same_get_the_code_of_one(path: AblationPath) -> None:
+    found = sized([group(1.0, 1), group(1.0, 1)], path, [0.25, 0.75])
     assert torch.equal(found.codes[0], found.codes[1])
 
 
-def test_a_budget_that_no_code_meets_is_refused(importance: Importance) -> None:
+def test_a_budget_that_no_code_meets_is_refused(path: AblationPath) -> None:
     with pytest.raises(ValueError, match="out of reach"):
-        sized([group(1.0, 1)], importance, [1.0], budget=0.01)
+        sized([group(1.0, 1)], path, [1.0], budget=0.01)

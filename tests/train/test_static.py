@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from aptp_ray.config import Config, ConfigError, parse_config
+from aptp_ray.core.ablation import AblationPath
 from aptp_ray.core.gates import GatedUNet
+from aptp_ray.core.importance import Importance
 from aptp_ray.core.macs import MacsModel
 from aptp_ray.core.space import ArchitectureSpace
 from aptp_ray.train.prune import check_budget
@@ -35,13 +37,17 @@ def config_of(rule: str, alignment: int = 8) -> Config:
     )
 
 
+def scored(macs: MacsModel, score: torch.Tensor, alignment: int) -> AblationPath:
+    return AblationPath(macs, (macs.space.full_code(),), (Importance(score, macs.entry_macs()),), alignment)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_gives_a_code_at_the_budget(rule: str) -> None:
     gated = GatedUNet(tiny_sd21())
     macs = MacsModel.measure(gated.unet, (16, 16), 5)
     config = config_of(rule)
     score = torch.rand(macs.space.dim, generator=torch.Generator().manual_seed(0)).double() * macs.entry_macs()
-    code = static_code(config, gated, macs, score)
+    code = static_code(config, gated, macs, scored(macs, score, 8))
     macs.space.validate(code.long())
     if rule == "block_removal":  # BK-SDM's blocks, whatever they come to
         assert not code[macs.space.num_width :].any() and code[: macs.space.num_width].all()
@@ -59,7 +65,7 @@ def test_rules_for_other_teachers(teacher: str) -> None:
     macs = MacsModel.measure(gated.unet, (16, 16), 5, space)
     score = torch.rand(macs.space.dim, generator=torch.Generator().manual_seed(0)).double() * macs.entry_macs()
     for rule in ("ablation_greedy", "norm", "random"):
-        code = static_code(config_of(rule, 1), gated, macs, score)
+        code = static_code(config_of(rule, 1), gated, macs, scored(macs, score, 1))
         assert abs(macs.exact(code) / macs.total / 0.7 - 1) <= 0.005
     with pytest.raises(ValueError, match="BK-SDM"):
         static_code(config_of("block_removal"), gated, macs, None)
