@@ -62,6 +62,7 @@ def main() -> None:
             kinds,
             alphas_cumprod=noise_schedule(teacher).alphas_cumprod,
             importance_samples=options.samples,
+            again=config.prune.importances_at,
             progress=progress,
         )
         counts = {kind: int((rows[schema.GROUP] == kind).sum()) for kind in kinds}
@@ -74,8 +75,13 @@ def main() -> None:
         a, b = pair.split(" | ")
         say(f"  {a:>12} | {b:<12} {value:.3f}   ({a} {needs['within'][a]:.3f}, {b} {needs['within'][b]:.3f})")
     say("teacher-match error of one static code, by kind:")
-    for budget, errors in needs["error"].items():
-        say(f"  at {budget} of the MACs: " + ", ".join(f"{kind} {value:.4f}" for kind, value in errors.items()))
+    for name, rule in (("error_once", "entries judged on the teacher alone"), ("error", "judged anew on the way down")):
+        if name == "error_once" and name not in needs:
+            continue
+        if "error_once" in needs:
+            say(f"  {rule}:")
+        for budget, errors in needs[name].items():
+            say(f"  at {budget} of the MACs: " + ", ".join(f"{kind} {value:.4f}" for kind, value in errors.items()))
     say("an expert for each kind, as large as evens out what a MAC buys, against all of one size:")
     for budget, found in needs["water_filling"].items():
         sizes = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in found["ratios"].items())

@@ -241,7 +241,8 @@ def test_a_hash_is_stable_and_survives_yaml() -> None:
 
 def test_a_young_field_leaves_the_hashes_of_older_runs() -> None:
     young = [name for name, field in Prune.model_fields.items() if YOUNG in field.metadata]
-    assert young == ["importances_at", "assignment"] and not set(young) & set(_decided_by(parse_config(small()))["prune"]["prune"])
+    assert young == ["importances_at", "assignment"]
+    assert not set(young) & set(_decided_by(parse_config(small()))["prune"]["prune"])
     assert changed(prune={"assignment": "transport"}) == set()
     assert changed(prune={"importances_at": []}) == set()
     assert changed(prune={"assignment": "nearest"}) == changed(prune={"importances_at": [0.8]}) == since("prune")

@@ -224,7 +224,8 @@ def tailoring(needs: dict[str, Any], gains: dict[str, Any] | None = None) -> str
         f"correlation of importances between two kinds is {between[least]:.3f} ({' and '.join(map(escape, least))}) to "
         f"{between[most]:.3f} ({' and '.join(map(escape, most))}); two measurements of one kind agree to {min(halves):.3f} to "
         f"{max(halves):.3f}. It can win by how many only where a MAC buys more for one kind than for another: below, the "
-        "teacher-match error of one static code, not fine-tuned, by kind."
+        "teacher-match error of one static code, not fine-tuned, by kind"
+        + (", made by ablation in rounds." if needs.get("importances_at") else ".")
     )
     kinds = list(needs["within"])
     rows = [[f"{float(at):.0%}", *(f"{errors[kind]:.5f}" for kind in kinds)] for at, errors in needs["error"].items()]

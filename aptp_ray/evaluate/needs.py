@@ -7,14 +7,14 @@ another (the teacher-match error of one and the same static code, by kind, over 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aptp_ray.core.baselines import ablation_greedy
+from aptp_ray.core.ablation import ablate
 from aptp_ray.core.gates import GatedUNet
 from aptp_ray.core.importance import Importance, ImportanceBatch, measure_importance, spearman
 from aptp_ray.core.losses import add_noise
@@ -45,6 +45,8 @@ def measure_needs(
     *,
     alphas_cumprod: Tensor,
     importance_samples: int,
+    again: Sequence[float] = (),
+    again_samples: int = 2,
     budgets: tuple[float, ...] = (0.9, 0.8, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4),
     seed: int = 0,
     chunk: int = 128,
@@ -58,6 +60,8 @@ def measure_needs(
         kinds: samples by kind; the first ``importance_samples`` of each (an even number) are used for importances.
         alphas_cumprod: [train timesteps].
         importance_samples: of each kind.
+        again: MACs ratios on the way down at which entries are judged anew (`aptp_ray.core.ablation`).
+        again_samples: of each kind, for these.
         budgets: at which the static codes are compared.
         seed: of noise.
         chunk: rows to a forward pass.
@@ -65,7 +69,8 @@ def measure_needs(
 
     Returns:
         ``between``: {"a | b": rank correlation}, ``within``: {kind: rank correlation of its halves, corrected to full length},
-        ``error``: {budget: {kind: error over the power of the teacher's output}}, all rounded.
+        ``error``: {budget: {kind: error over the power of the teacher's output}}, all rounded; where entries were judged anew,
+        ``error_once``: the same of codes by the teacher's importances alone, and ``importances_at``.
     """
     halves: dict[str, tuple[Tensor, Tensor]] = {}
     for kind, samples in kinds.items():
@@ -83,24 +88,47 @@ def measure_needs(
     }
     # Spearman-Brown: what two whole measurements of the same kind would correlate by, from two halves.
     within = {kind: round(2 * r / (1 + r), 3) for kind, r in ((k, spearman(*pair)) for k, pair in halves.items())}
-    pooled = Importance(torch.stack(list(scores.values())).mean(0), macs.entry_macs().double().cpu())
-    error = {}
-    for budget in budgets:
-        code = ablation_greedy(gated.space, macs, budget, importance=pooled, alignment=1, tolerance=0.01)
-        error[str(budget)] = {
-            kind: round(match_error(gated, code, noised(samples, alphas_cumprod, seed, len(samples.latents))), 5)
-            for kind, samples in kinds.items()
+    pooled = torch.stack(list(scores.values())).mean(0)
+
+    def measure(code: Tensor | None, before: int) -> Importance:
+        if code is None:
+            return Importance(pooled, macs.entry_macs().double().cpu())
+        batches = [noised(samples, alphas_cumprod, seed, again_samples, before) for samples in kinds.values()]
+        report = None if progress is None else _bound(progress, f"again, {before} of {len(again)}")
+        return measure_importance(gated, [_joined(batches)], macs=macs, code=code, chunk=chunk, progress=report)
+
+    def errors(sizes: Sequence[float]) -> dict[str, dict[str, float]]:
+        path = ablate(macs, measure, sizes, alignment=1, tolerance=0.01)
+        judged = {kind: noised(samples, alphas_cumprod, seed, len(samples.latents)) for kind, samples in kinds.items()}
+        return {
+            str(budget): {kind: round(match_error(gated, path.code(budget), batch), 5) for kind, batch in judged.items()}
+            for budget in budgets
         }
-    return {"between": between, "within": within, "error": error}
+
+    once = errors([])
+    found = {"between": between, "within": within, "error": once}
+    return found | {"error": errors(again), "error_once": once, "importances_at": list(again)} if again else found
 
 
-def noised(samples: KindSamples, alphas_cumprod: Tensor, seed: int, count: int) -> ImportanceBatch:
-    """Noises samples; every kind gets the same noise and the same timesteps, spread evenly over the schedule."""
-    latents = samples.latents[:count]
-    generator = keyed_generator(seed, "needs")
+def noised(samples: KindSamples, alphas_cumprod: Tensor, seed: int, count: int, before: int = 0) -> ImportanceBatch:
+    """Noises the first samples, or those after as many batches of them; every kind gets the same noise and timesteps.
+
+    The timesteps are spread evenly over the schedule.
+    """
+    at = (before * count + torch.arange(min(count, len(samples.latents)))) % len(samples.latents)
+    latents = samples.latents[at]
+    generator = keyed_generator(seed, "needs", *([before] if before else []))
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = ((torch.arange(len(latents)) + 0.5) / len(latents) * len(alphas_cumprod)).long()
-    return ImportanceBatch(add_noise(alphas_cumprod, latents, noise, timesteps), timesteps, samples.text_states[:count])
+    return ImportanceBatch(add_noise(alphas_cumprod, latents, noise, timesteps), timesteps, samples.text_states[at])
+
+
+def _joined(batches: Sequence[ImportanceBatch]) -> ImportanceBatch:
+    return ImportanceBatch(
+        torch.cat([one.sample for one in batches]),
+        torch.cat([one.timesteps for one in batches]),
+        torch.cat([one.text_states for one in batches]),
+    )
 
 
 def _part(batch: ImportanceBatch, part: slice) -> ImportanceBatch:
