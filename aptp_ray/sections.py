@@ -218,7 +218,7 @@ class Prune(Section):
     importance_samples: Positive = Field(8, description="noised samples by which each entry's closing is judged")
     importances_at: Annotated[list[Fraction], YOUNG] = Field(
         [], description="MACs ratios at which entries are judged anew on the way down, beside what is left (ablation_greedy: "
-        "those above the budget; needs: all of them). It pays where quality falls off steeply"
+        "those above the budget; needs: all of them). Codes lose less before fine-tuning, not after it"
     )
     importance_batch: Annotated[Positive, HOW] = Field(128, description="rows of one such forward")
     gate_placement: Literal["after_norm", "before_norm"] = Field(
