@@ -2,7 +2,7 @@
 
 One measurement on the whole teacher says what an entry is worth beside all others. At half of the demo's MACs a code made by
 it alone misses the teacher's output by .100 of its power; measured again at three sizes on the way down, by .024. That is before
-fine-tuning: after it the first ended at .0031 and the second at .0042, for it had given up more of the outermost level's channels.
+fine-tuning: after it the first ended at .0031, the second at .0042, for it had given up more of the outermost level's channels.
 So one measurement is the default.
 """
 
