@@ -19,6 +19,12 @@ from aptp_ray.tracking import Progress
 from cli import errors_on_one_line, finish, load, parser, say
 
 
+def say_errors(errors_at: dict[str, dict[str, float]]) -> None:
+    """One line a budget."""
+    for budget, errors in errors_at.items():
+        say(f"  at {budget} of the MACs: " + ", ".join(f"{kind} {value:.4f}" for kind, value in errors.items()))
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--kinds", default="line,color,recolor,count-color,pair-color", help="values of the group column")
@@ -75,13 +81,10 @@ def main() -> None:
         a, b = pair.split(" | ")
         say(f"  {a:>12} | {b:<12} {value:.3f}   ({a} {needs['within'][a]:.3f}, {b} {needs['within'][b]:.3f})")
     say("teacher-match error of one static code, by kind:")
-    for name, rule in (("error_once", "entries judged on the teacher alone"), ("error", "judged anew on the way down")):
-        if name == "error_once" and name not in needs:
-            continue
-        if "error_once" in needs:
-            say(f"  {rule}:")
-        for budget, errors in needs[name].items():
-            say(f"  at {budget} of the MACs: " + ", ".join(f"{kind} {value:.4f}" for kind, value in errors.items()))
+    if "error_once" in needs:
+        say_errors(needs["error_once"])
+        say("the same, its entries judged anew on the way down:")
+    say_errors(needs["error"])
     say("an expert for each kind, as large as evens out what a MAC buys, against all of one size:")
     for budget, found in needs["water_filling"].items():
         sizes = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in found["ratios"].items())

@@ -96,7 +96,7 @@ def measure_importance(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     dim = gated.space.dim
-    live = torch.ones(dim, dtype=torch.bool) if code is None else gated.space.effective(code.cpu().double()) > 0
+    code = gated.space.full_code() if code is None else code.cpu().bool()
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     total, num_samples = torch.zeros(dim, dtype=torch.float64), 0
@@ -104,7 +104,7 @@ def measure_importance(
     gated.eval()
     try:
         for batch in batches:
-            rises = _rises(gated, batch, live, None if code is None else code.cpu().bool(), chunk, progress)  # [n, dim]
+            rises = _rises(gated, batch, code, chunk, progress)  # [n, dim]
             total += rises.sum(dim=0)
             num_samples += len(rises)
             # Without labels there is nothing to group by.
@@ -115,9 +115,8 @@ def measure_importance(
         gated.train(training)
     if num_samples == 0:
         raise ValueError("no samples to measure importance on; the batches are empty")
-    groups = {label: (sums[label] / counts[label]).masked_fill(~live, -torch.inf) for label in sums}
-    score = (total / num_samples).masked_fill(~live, -torch.inf)
-    return Importance(score, macs.entry_macs(code).double().cpu(), groups, num_samples)
+    groups = {label: sums[label] / counts[label] for label in sums}
+    return Importance(total / num_samples, macs.entry_macs(code).double().cpu(), groups, num_samples)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -135,14 +134,9 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def _rises(
-    gated: GatedUNet,
-    batch: ImportanceBatch,
-    live: Tensor,
-    code: Tensor | None,
-    chunk: int,
-    progress: Callable[[int, int], None] | None,
+    gated: GatedUNet, batch: ImportanceBatch, code: Tensor, chunk: int, progress: Callable[[int, int], None] | None
 ) -> Tensor:
-    """float64 [n, dim]: how much each sample's squared error rises when each live entry closes; 0 for the others."""
+    """float64 [n, dim]: how much each sample's squared error rises when an entry closes; minus infinity where nothing is open."""
     num_samples, everything = len(batch.sample), torch.arange(len(batch.sample))
     teacher = _forward(gated, batch, everything).float()
     if not teacher.isfinite().all():
@@ -153,22 +147,21 @@ def _rises(
             output = _forward(gated, batch, sample).float()
         return (output - teacher[sample.to(teacher.device)]).pow(2).flatten(1).mean(dim=1).double().cpu()
 
-    start = torch.ones(len(live), dtype=torch.bool) if code is None else code
     before = torch.zeros(num_samples, dtype=torch.float64)
-    if code is not None:
+    if not code.all():
         before = torch.cat([errors(code.expand(len(rows), -1), rows) for rows in everything.split(chunk)])
-    entries = live.nonzero().flatten()
+    entries = gated.space.effective(code.int()).nonzero().flatten()
     rises = torch.zeros(num_samples * len(entries), dtype=torch.float64)
     for flat in torch.arange(len(rises)).split(chunk):
         sample, entry = flat // len(entries), entries[flat % len(entries)]
-        codes = start.repeat(len(flat), 1)
+        codes = code.repeat(len(flat), 1)
         codes[torch.arange(len(flat)), entry] = False
         rises[flat] = errors(codes, sample) - before[sample]
         if progress is not None:
             progress(int(flat[-1]) + 1, len(rises))
     if not rises.isfinite().all():
         raise ValueError("closing an entry gave NaN or infinity; measure in float32 or bfloat16")
-    found = torch.zeros(num_samples, len(live), dtype=torch.float64)
+    found = torch.full((num_samples, len(code)), -torch.inf, dtype=torch.float64)
     found[:, entries] = rises.reshape(num_samples, len(entries))
     return found
 

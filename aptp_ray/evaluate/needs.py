@@ -90,8 +90,8 @@ def measure_needs(
     within = {kind: round(2 * r / (1 + r), 3) for kind, r in ((k, spearman(*pair)) for k, pair in halves.items())}
     pooled = torch.stack(list(scores.values())).mean(0)
 
-    def measure(code: Tensor | None, before: int) -> Importance:
-        if code is None:
+    def measure(code: Tensor, before: int) -> Importance:
+        if not before:
             return Importance(pooled, macs.entry_macs().double().cpu())
         batches = [noised(samples, alphas_cumprod, seed, again_samples, before) for samples in kinds.values()]
         report = None if progress is None else _bound(progress, f"again, {before} of {len(again)}")

@@ -33,14 +33,14 @@ def measured_path(
         sizes: MACs ratios; none: the teacher alone is measured.
     """
 
-    def measure(code: Tensor | None, before: int) -> Importance:
+    def measure(code: Tensor, before: int) -> Importance:
         return _importance(worker, gated, macs, rows, alphas, code, before)
 
     return ablate(macs, measure, sizes, alignment=worker.config.router.alignment)
 
 
 def _importance(
-    worker: Worker, gated: GatedUNet, macs: MacsModel, rows: dict[str, Any], alphas: Tensor, code: Tensor | None, before: int
+    worker: Worker, gated: GatedUNet, macs: MacsModel, rows: dict[str, Any], alphas: Tensor, code: Tensor, before: int
 ) -> Importance:
     kept = ("train", worker.name, f"importance-{before}.safetensors" if before else "importance.safetensors")
     count, entry_macs = len(rows["mean"]), macs.entry_macs(code)
@@ -49,7 +49,7 @@ def _importance(
     spec, place = worker.config.prune, worker.place
     mine = slice(place.rank, None, place.world_size)
     batch = noised_batch(rows, spec.loop.seed, alphas, mine, place.device, before)
-    size = "" if code is None else f" at {float(macs.ratio(code[None].double())[0]):.2f} of the MACs"
+    size = "" if not before else f" at {float(macs.ratio(code[None].double())[0]):.2f} of the MACs"
     progress: Progress | None = None
 
     def report(done: int, total: int) -> None:
