@@ -210,15 +210,16 @@ class Prune(Section):
     start: Literal["importance", "zeros"] = Field(
         "importance", description="codes start from measured importance, at the budget; zeros: from zero logits (reference)"
     )
-    hardening: Literal["masks", "needs"] = Field(
+    hardening: Literal["masks", "needs", "shared"] = Field(
         "masks", description="how codes become binary; masks: by what they learned; needs: entries by importance per MAC, each "
-        "code as large as its own prompts' measured error asks for"
+        "code as large as its own prompts' measured error asks for; shared: likewise, all of one size, so that experts keep the "
+        "same entries and differ by their weights alone"
     )
     warmup_fraction: float = Field(0.1, ge=0.0, lt=1.0, description="first part of the steps, in which e itself is the code")
     importance_samples: Positive = Field(8, description="noised samples by which each entry's closing is judged")
     importances_at: Annotated[list[Fraction], YOUNG] = Field(
         [], description="MACs ratios at which entries are judged anew on the way down, beside what is left (ablation_greedy: "
-        "those above the budget; needs: all of them). Codes lose less before fine-tuning, not after it"
+        "those above the budget; needs, shared: all of them). Codes lose less before fine-tuning, not after it"
     )
     importance_batch: Annotated[Positive, HOW] = Field(128, description="rows of one such forward")
     gate_placement: Literal["after_norm", "before_norm"] = Field(
@@ -255,8 +256,10 @@ class Prune(Section):
 
     @model_validator(mode="after")
     def _codes_to_size(self) -> Prune:
-        if self.hardening == "needs" and self.codes != "learned":
-            raise ValueError(f"prune.hardening=needs sizes learned codes: with prune.codes={self.codes} set it to masks")
+        if self.hardening != "masks" and self.codes != "learned":
+            raise ValueError(
+                f"prune.hardening={self.hardening} hardens learned codes: with prune.codes={self.codes} set it to masks"
+            )
         return self
 
 

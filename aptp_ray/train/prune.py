@@ -32,7 +32,7 @@ from aptp_ray.train.ablation import measured_path
 from aptp_ray.train.draws import Draws, decode_encoded
 from aptp_ray.train.feed import Rows
 from aptp_ray.train.loop import Parts
-from aptp_ray.train.sizes import measured_codes
+from aptp_ray.train.sizes import measured_codes, same_code
 from aptp_ray.train.watch import CodeWatch
 from aptp_ray.train.worker import Worker, fast_attention, load_with_costs, noise_schedule, text_states_of, tuned
 
@@ -66,9 +66,9 @@ def prune_worker(settings: dict[str, Any]) -> None:
     # -- where codes start ---------------------------------------------------------------------------------------------
     text_states = text_states_of(encoding, teacher_dir, worker.place.device)
     path = None
-    if spec.start == "importance" or spec.hardening == "needs":
+    if spec.start == "importance" or spec.hardening != "masks":
         samples = decode_encoded(ray.get(settings["samples"]), encoding, text_states)
-        again = spec.importances_at if spec.hardening == "needs" else []
+        again = spec.importances_at if spec.hardening != "masks" else []
         path = measured_path(worker, gated, macs, samples, schedule.alphas_cumprod, again)
     score = path.importances[0].score if path is not None and spec.start == "importance" else None
     router = new_router(config, gated.space, macs, score, encoding.embedding_dim)
@@ -126,6 +126,8 @@ def prune_worker(settings: dict[str, Any]) -> None:
         if path is not None and spec.hardening == "needs":
             needs = decode_encoded(ray.get(settings["needs"]), encoding, text_states)
             hard = measured_codes(worker, router, gated, path, rows=needs, shares=shares, alphas=schedule.alphas_cumprod)
+        elif path is not None and spec.hardening == "shared":
+            hard = same_code(router, path, spec.budget)
         else:
             hard = harden(config, router, macs, shares)
         write_router(worker.run, config, router, macs, hard, shares)

@@ -1,4 +1,4 @@
-"""Hardening by measurement: how large each code should be, by what its own prompts lose."""
+"""Hardening by measurement: entries by importance, and how large each code should be by what its own prompts lose."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ from aptp_ray.train.worker import Worker
 
 # Training prompts that are read for it, over all codes, and how many of one code are measured.
 ROWS, ROWS_PER_CODE = 1024, 64
+
+
+def same_code(router: PromptRouter, path: AblationPath, budget: float) -> HardCodes:
+    """Gives all of the router's codes the entries that a code of the whole budget keeps, and sets its hard codes.
+
+    Args:
+        router: as it has been trained.
+        path: codes of all sizes.
+        budget: their MACs ratio.
+
+    Raises:
+        ValueError: if the budget is out of reach.
+    """
+    codes = path.code(budget).cpu().expand(router.num_codes, -1).contiguous()
+    router.set_hard_codes(codes)
+    ratios = path.macs.ratio(codes)
+    return HardCodes(codes=codes, ratios=ratios, macs_ratio=float(ratios[0]), offset=0.0, flips=0)
 
 
 def measured_codes(
