@@ -1,11 +1,12 @@
-"""The report's comparison: a table of systems with intervals, quality against compute as a plot, and what images get right."""
+"""The report's comparison: a table of systems with intervals, plots of them, how they were trained, and what images get right."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from aptp_ray.evaluate.plots import compute_plots
+from aptp_ray.evaluate.trained import trained
 from aptp_ray.evaluate.widgets import section, table
 
 # As people read them; and what each is.
@@ -20,17 +21,12 @@ _SCORES = {
     "teacher_psnr": "likeness to the teacher, dB",
 }
 _PLOTTED = ("fid", "frechet", "clip_score", "facts", "teacher_psnr")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 520, 320, 62, 40, 16, 16
-# Pixels from one mark to the next that may not cover it.
-_MARK = 15.0
-# Shapes, not colors alone, tell systems apart in print and to the color-blind.
-_FORMS = ("circle", "square", "diamond", "triangle", "down", "bar")
-_SHAPES = tuple((form, kind) for kind in ("full", "hollow") for form in _FORMS)
 
 
 def comparison(scores: dict[str, Any]) -> str:
     """Returns the sections of ``evaluation/scores.json``."""
-    parts = [section("Against what it replaces", _note(scores), _systems(scores) + _seeds(scores) + _plots(scores))]
+    plots = compute_plots(scores, {name: _SCORES[name] for name in _PLOTTED if name in _names(scores)})
+    parts = [section("Against what it replaces", _note(scores), _systems(scores) + _seeds(scores) + plots + trained(scores))]
     facts = _facts(scores)
     if facts:
         parts.append(section("What the images get right", _facts_note(), facts))
@@ -102,108 +98,6 @@ def _with_interval(one: dict[str, float | None], style: str = ".4g") -> str:
     low, high = one["low"], one["high"]
     interval = "" if low is None or high is None else f" <small>[{low:{style}}, {high:{style}}]</small>"
     return f"{one['value']:{style}}{interval}"
-
-
-# -- quality against compute -----------------------------------------------------------------------------------------------
-
-
-def _plots(scores: dict[str, Any]) -> str:
-    found = [_plot(scores, name) for name in _PLOTTED if name in _names(scores)]
-    return f"<div class=plots>{''.join(found)}</div>"
-
-
-def _plot(scores: dict[str, Any], name: str) -> str:
-    points = [
-        (system, found["macs_per_image"] / 1e9, found["scores"][name])
-        for system, found in scores["systems"].items()
-        if name in found["scores"] and None not in found["scores"][name].values()
-    ]
-    if not points:
-        return ""
-    shapes = {system: _SHAPES[index % len(_SHAPES)] for index, system in enumerate(scores["systems"])}
-    # The same in every plot, whichever systems have a score of its kind.
-    xs = _Axis([found["macs_per_image"] / 1e9 for found in scores["systems"].values()], _LEFT, _WIDTH - _RIGHT)
-    places = _apart([xs(x) for _, x, _ in points])
-    ys = _Axis([one[end] for _, _, one in points for end in ("low", "high")], _HEIGHT - _BOTTOM, _TOP)
-    marks = "".join(
-        f"<g><title>{escape(system)}: {_SCORES[name]} {one['value']:.4g} at {x:.1f} GMACs an image</title>"
-        f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{ys(one["low"]):.1f}" y2="{ys(one["high"]):.1f}"/>'
-        f"{_mark(shapes[system], place, ys(one['value']))}</g>"
-        for place, (system, x, one) in zip(places, points, strict=True)
-    )
-    grid = "".join(
-        f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{ys(tick):.1f}" y2="{ys(tick):.1f}"/>'
-        f'<text class=y x="{_LEFT - 8}" y="{ys(tick) + 4:.1f}">{tick:.4g}</text>'
-        for tick in ys.ticks
-    ) + "".join(f'<text class=x x="{xs(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}">{tick:.4g}</text>' for tick in xs.ticks)
-    better = "higher" if scores["better"][name] == "higher" else "lower"
-    legend = "".join(
-        f'<span><svg viewBox="-8 -8 16 16">{_mark(shapes[system], 0, 0)}</svg>{escape(system)}</span>' for system, _, _ in points
-    )
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role=img aria-label="{_SCORES[name]} against MACs an image">{grid}{marks}'
-        f'<text class=x x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 4}">GMACs an image</text></svg>'
-        f"<figcaption>{_SCORES[name]}; {better} is better<small class=shapes>{legend}</small></figcaption></figure>"
-    )
-
-
-def _apart(places: Sequence[float]) -> list[float]:
-    """Moves marks that would lie on one another, systems of one cost above all, side by side about where they belong."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    groups: list[list[int]] = []
-    for index in order:
-        if groups and places[index] - places[groups[-1][-1]] < _MARK:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    found = list(places)
-    for group in groups:
-        middle = sum(places[index] for index in group) / len(group)
-        # Not out of the picture on either side.
-        half = _MARK * (len(group) - 1) / 2
-        middle = min(max(middle, _LEFT + half + _MARK), _WIDTH - _RIGHT - half - _MARK)
-        for turn, index in enumerate(sorted(group)):
-            found[index] = middle - half + _MARK * turn
-    return found
-
-
-class _Axis:
-    """Values to pixels, with a margin, and round numbers in between."""
-
-    def __init__(self, values: Sequence[float], first: float, last: float) -> None:
-        low, high = min(values), max(values)
-        margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-        self._low, self._high, self._first, self._last = low - margin, high + margin, first, last
-        step = _round_step((self._high - self._low) / 5)
-        start = -int(-self._low // step)
-        self.ticks = [step * index for index in range(start, start + 12) if self._low <= step * index <= self._high]
-
-    def __call__(self, value: float) -> float:
-        return self._first + (value - self._low) / (self._high - self._low) * (self._last - self._first)
-
-
-def _round_step(wanted: float) -> float:
-    power = 10.0 ** _floor_log10(wanted)
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wanted * 0.999)
-
-
-def _floor_log10(value: float) -> int:
-    return int(f"{value:e}".partition("e")[2])
-
-
-def _mark(look: tuple[str, str], x: float, y: float) -> str:
-    shape, kind = look
-    if shape == "circle":
-        return f'<circle class={kind} cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
-    half, tall = 5.0, 6.5
-    corners = {
-        "square": ((-half, -half), (half, -half), (half, half), (-half, half)),
-        "diamond": ((0, -tall), (tall, 0), (0, tall), (-tall, 0)),
-        "triangle": ((0, -tall), (tall, half), (-tall, half)),
-        "down": ((0, tall), (tall, -half), (-tall, -half)),
-        "bar": ((-tall, -2.5), (tall, -2.5), (tall, 2.5), (-tall, 2.5)),
-    }[shape]
-    return f'<polygon class={kind} points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"/>'
 
 
 # -- needs ---------------------------------------------------------------------------------------------------------------

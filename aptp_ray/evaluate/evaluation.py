@@ -27,6 +27,7 @@ from aptp_ray.evaluate.likeness import errors_against
 from aptp_ray.evaluate.scores import HIGHER_IS_BETTER, Sample, parts_of, questions_of, replicated, scores_of
 from aptp_ray.evaluate.seeds import over_seeds
 from aptp_ray.evaluate.systems import Caption, Cast, Painter, cast_systems, read_captions
+from aptp_ray.evaluate.trained import trained_figures
 
 SCORES = ("evaluation", "scores.json")
 
@@ -115,6 +116,9 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
         found[name] = replicated(scores_of(reference, sample, texts), counts, weights)
         systems[name] = {
             **describe(cast, costs),
+            "trained": trained_figures(RunDir(cast.painters[0].run_uri, config.storage_options))
+            if cast.system.kind == "mixture"
+            else None,  # not a run of its own
             "scores": {score: estimate(*value).to_json() for score, value in found[name].items()},
             "facts": questions_of(
                 [answers for answers, one in zip(sample.answers, facts, strict=True) if one is not None],

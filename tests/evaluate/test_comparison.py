@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from aptp_ray.evaluate.comparison import _apart, comparison, tailoring
+from aptp_ray.artifacts import RunDir
+from aptp_ray.evaluate.comparison import comparison, tailoring
+from aptp_ray.evaluate.plots import side_by_side
+from aptp_ray.evaluate.trained import trained_figures
 
 SYSTEMS = {"mixture": (0.65, 20.0), "teacher": (1.0, 23.0), "static <one>": (0.65, 26.0), "blocks": (0.8, 41.0)}
 
@@ -97,8 +102,58 @@ def test_what_could_be_tailored_is_told_with_its_gain() -> None:
 
 
 def test_marks_of_one_cost_stand_side_by_side() -> None:
-    places = _apart([100.0, 400.0, 100.2, 101.0])
+    places = side_by_side([100.0, 400.0, 100.2, 101.0], 0.0, 500.0)
     assert places[1] == 400.0
     close = [places[0], places[2], places[3]]
     assert close == sorted(close) and min(b - a for a, b in zip(close, close[1:], strict=False)) >= 14.9
     assert sum(close) / 3 == pytest.approx((100.0 + 100.2 + 101.0) / 3)
+
+
+def test_groups_of_marks_do_not_run_into_one_another_and_move_no_further_than_they_must() -> None:
+    wanted = [100.0] * 6 + [150.0, 300.0]  # six of one cost take 75 pixels: up to where the next one belongs
+    places = side_by_side(wanted, 0.0, 500.0)
+    assert places == sorted(places) and np.diff(places).min() >= 15.0 - 1e-9
+    assert places[-1] == 300.0
+    moved = np.square(np.subtract(places, wanted)).sum()
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # nothing near it that keeps the distances is better
+        other = np.array(places) + rng.normal(size=len(places))
+        if np.diff(other).min() >= 15.0:
+            assert np.square(other - wanted).sum() >= moved
+    cramped = side_by_side([490.0] * 4, 20.0, 500.0)
+    assert cramped == pytest.approx([455.0, 470.0, 485.0, 500.0])
+
+
+def test_plots_show_what_was_run_with_several_seeds_once(scores: dict[str, Any]) -> None:
+    scores["seeds"] = {
+        "against": "mixture",
+        "differences": {},
+        "things": {
+            "mixture": {"runs": ["mixture", "static <one>"], "scores": {"frechet": {**one(23.0, 1.0), "values": [20.0, 26.0]}}},
+            "teacher": {"runs": ["teacher"], "scores": {"frechet": {**one(23.5, 1.0), "values": [23.5]}}},
+        },
+    }
+    plot = comparison(scores).split("<figure>")[1]
+    titles = re.findall(r"<title>(.*?)</title>", plot)
+    assert titles == [
+        "mixture: Frechet distance 23 at 19.5 GMACs an image", "teacher: Frechet distance 23.5 at 30.0 GMACs an image"
+    ]  # fmt: skip
+
+
+def test_every_run_says_what_made_it_and_what_training_came_to(scores: dict[str, Any], tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    assert "How they were trained" not in comparison(scores)
+    experts = [{"id": 0, "share": 0.75}, {"id": 1, "share": 0.25}]
+    run.write_json({"experts": experts}, "routing.json")
+    assert trained_figures(run) == {"together": None, "end": None}  # an imported run
+    for expert, error in ((0, 0.002), (1, 0.006)):
+        run.write_json({"validation/distillation": error}, "experts", str(expert), "expert.json")
+    assert trained_figures(run) == {"together": None, "end": pytest.approx(0.003)}
+    run.write_json({"validation/distillation": 0.004}, "train", "finetune-shared", "outcome.json")
+    scores["systems"]["static <one>"]["trained"] = trained_figures(run)
+    scores["systems"]["teacher"]["trained"] = None
+    scores["evaluation"] = {"systems": [{"name": "static <one>", "changes": ["prune.codes=norm"]}, {"name": "teacher"}]}
+    page = comparison(scores).split("How they were trained")[1]
+    assert re.findall(r"<tr><td class=name>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page.split("</table>")[0]) == [
+        ("<b>static &lt;one&gt;</b><small class=changes><code>prune.codes=norm</code></small>", "0.0040", "0.0030")
+    ]
