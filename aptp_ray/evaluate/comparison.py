@@ -67,7 +67,8 @@ def _seeds(scores: dict[str, Any]) -> str:
         return ""
     names = [name for name in _names(scores) if any(name in thing["scores"] for thing in seeds["things"].values())]
     rows = []
-    for name, thing in seeds["things"].items():
+    compute = {name: scores["systems"][thing["runs"][0]]["macs_per_image"] for name, thing in seeds["things"].items()}
+    for name, thing in sorted(seeds["things"].items(), key=lambda item: compute[item[0]]):
         cells = [_cell(thing["scores"].get(score), seeds["differences"].get(score, {}).get(name)) for score in names]
         rows.append([escape(name), str(len(thing["runs"])), *cells])
     note = (

@@ -44,33 +44,62 @@ def compute_plots(scores: dict[str, Any], titles: dict[str, str]) -> str:
 
 
 def _plot(compute: dict[str, float], values: dict[str, dict[str, Any]], score: str, title: str, better: str) -> str:
-    shown = {name: one[score] for name, one in values.items() if score in one and None not in one[score].values()}
+    ordered = sorted(values, key=lambda name: compute[name])
+    found = {name: values[name][score] for name in ordered if score in values[name]}
+    shown = {name: one for name, one in found.items() if None not in one.values()}
     if not shown:
         return ""
-    shapes = {name: _SHAPES[index % len(_SHAPES)] for index, name in enumerate(values)}
+    shapes = {name: _SHAPES[index % len(_SHAPES)] for index, name in enumerate(ordered)}
     # The same in every plot, whichever systems have a score of its kind.
     xs = _Axis(list(compute.values()), _LEFT, _WIDTH - _RIGHT)
     places = side_by_side([xs(compute[name]) for name in shown], _LEFT + _MARK, _WIDTH - _RIGHT - _MARK)
-    ys = _Axis([one[end] for one in shown.values() for end in ("low", "high")], _HEIGHT - _BOTTOM, _TOP)
+    left_out = off_the_scale({name: (one["low"], one["high"]) for name, one in shown.items()})
+    within = [one[end] for name, one in shown.items() if name not in left_out for end in ("low", "high")]
+    ys = _Axis(within, _HEIGHT - _BOTTOM, _TOP)
     marks = "".join(
         f"<g><title>{escape(name)}: {title} {one['value']:.4g} at {compute[name]:.1f} GMACs an image</title>"
         f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{ys(one["low"]):.1f}" y2="{ys(one["high"]):.1f}"/>'
         f"{_mark(shapes[name], place, ys(one['value']))}</g>"
         for place, (name, one) in zip(places, shown.items(), strict=True)
+        if name not in left_out
     )
+    far = "".join(f" Off the scale: {escape(name)}, {shown[name]['value']:.4g}." for name in left_out)
     grid = "".join(
         f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{ys(tick):.1f}" y2="{ys(tick):.1f}"/>'
         f'<text class=y x="{_LEFT - 8}" y="{ys(tick) + 4:.1f}">{tick:.4g}</text>'
         for tick in ys.ticks
     ) + "".join(f'<text class=x x="{xs(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}">{tick:.4g}</text>' for tick in xs.ticks)
     legend = "".join(
-        f'<span><svg viewBox="-8 -8 16 16">{_mark(shapes[name], 0, 0)}</svg>{escape(name)}</span>' for name in shown
+        f'<span><svg viewBox="-8 -8 16 16">{_mark(shapes[name], 0, 0)}</svg>{escape(name)}</span>'
+        for name in shown
+        if name not in left_out
     )
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role=img aria-label="{title} against MACs an image">{grid}{marks}'
         f'<text class=x x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 4}">GMACs an image</text></svg>'
-        f"<figcaption>{title}; {better} is better<small class=shapes>{legend}</small></figcaption></figure>"
+        f"<figcaption>{title}; {better} is better.{far}<small class=shapes>{legend}</small></figcaption></figure>"
     )
+
+
+def off_the_scale(intervals: dict[str, tuple[float, float]]) -> list[str]:
+    """Returns the systems that are so far from the others that the rest would be squeezed into less than half of the plot.
+
+    Args:
+        intervals: (low, high) by system.
+    """
+    found, left = list[str](), dict(intervals)
+
+    def extent(names: Sequence[str]) -> float:
+        return max(left[name][1] for name in names) - min(left[name][0] for name in names)
+
+    while len(left) > 2:
+        rest = {name: extent([other for other in left if other != name]) for name in left}
+        farthest = min(rest, key=rest.__getitem__)
+        if rest[farthest] >= 0.5 * extent(list(left)):
+            break
+        found.append(farthest)
+        del left[farthest]
+    return found
 
 
 def side_by_side(places: Sequence[float], first: float, last: float) -> list[float]:

@@ -54,7 +54,7 @@ g.resnet { fill: var(--resnet); } g.attention { fill: var(--attention); } g.feed
 g.depth { fill: var(--depth); } g.fixed { fill: var(--fixed); }
 .dot.resnet { background: var(--resnet); } .dot.attention { background: var(--attention); }
 .dot.feed_forward { background: var(--feed); } .dot.depth { background: var(--depth); } .dot.fixed { background: var(--fixed); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 32px 28px; margin-top: 36px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 32px 28px; margin-top: 36px; }
 .plots figure > svg { width: 100%; height: auto; display: block; }
 .plots line { stroke: var(--ink); stroke-width: 1.4; } .plots .grid { stroke: var(--line); stroke-width: 1; }
 .plots .full { fill: var(--ink); stroke: var(--ink); stroke-width: 1.6; }

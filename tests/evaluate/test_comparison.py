@@ -11,10 +11,10 @@ import pytest
 
 from aptp_ray.artifacts import RunDir
 from aptp_ray.evaluate.comparison import comparison, tailoring
-from aptp_ray.evaluate.plots import side_by_side
+from aptp_ray.evaluate.plots import off_the_scale, side_by_side
 from aptp_ray.evaluate.trained import trained_figures
 
-SYSTEMS = {"mixture": (0.65, 20.0), "teacher": (1.0, 23.0), "static <one>": (0.65, 26.0), "blocks": (0.8, 41.0)}
+SYSTEMS = {"mixture": (0.65, 20.0), "teacher": (1.0, 23.0), "static <one>": (0.65, 26.0), "blocks": (0.8, 33.0)}
 
 
 def one(value: float, width: float) -> dict[str, float]:
@@ -52,7 +52,7 @@ def test_rows_are_sorted_by_cost_and_starred_where_they_differ(scores: dict[str,
     assert [name for name, _ in rows] == ["mixture", "static &lt;one&gt;", "blocks", "teacher"]
     starred = {name: re.findall(r"<td>([\d.]+) <small>.*?</small>(\*?)</td>", cells) for name, cells in rows}
     assert {name: cells[0] for name, cells in starred.items()} == {
-        "mixture": ("20", ""), "static &lt;one&gt;": ("26", "*"), "blocks": ("41", "*"), "teacher": ("23", "")
+        "mixture": ("20", ""), "static &lt;one&gt;": ("26", "*"), "blocks": ("33", "*"), "teacher": ("23", "")
     }  # fmt: skip
     assert all(cells[1][1] == "" for cells in starred.values())
     assert "an encoder &amp; its label" in page and "color (40)" in page and "75.0%" in page
@@ -122,6 +122,18 @@ def test_groups_of_marks_do_not_run_into_one_another_and_move_no_further_than_th
             assert np.square(other - wanted).sum() >= moved
     cramped = side_by_side([490.0] * 4, 20.0, 500.0)
     assert cramped == pytest.approx([455.0, 470.0, 485.0, 500.0])
+
+
+def test_one_system_far_off_does_not_squeeze_the_others(scores: dict[str, Any]) -> None:
+    assert off_the_scale({"a": (0, 2), "b": (1, 3), "c": (2, 4)}) == []
+    assert off_the_scale({"a": (0, 2), "b": (1, 3), "c": (90, 91), "d": (-40, -39), "e": (1, 2)}) == ["c", "d"]
+    assert off_the_scale({"a": (0, 1), "b": (90, 91)}) == []  # two are no crowd
+    scores["systems"]["blocks"]["scores"]["frechet"] = one(90.0, 1.0)
+    plot = comparison(scores).split("<figure>")[1].split("</figure>")[0]
+    assert "lower is better. Off the scale: blocks, 90." in plot
+    assert "<title>blocks" not in plot and plot.count("<title>") == plot.count("<span>") == len(SYSTEMS) - 1
+    ticks = [float(tick) for tick in re.findall(r'class=y x="\d+" y="[\d.]+">([\d.]+)<', plot)]
+    assert max(ticks) < 30
 
 
 def test_plots_show_what_was_run_with_several_seeds_once(scores: dict[str, Any]) -> None:
