@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from aptp_ray.artifacts import RunDir
+from aptp_ray.config import load_config
 from aptp_ray.evaluate.comparison import comparison, tailoring
 from aptp_ray.evaluate.plots import off_the_scale, side_by_side
 from aptp_ray.evaluate.trained import trained_figures
@@ -79,6 +80,15 @@ def test_marks_stand_where_the_values_are_and_tell_systems_apart(scores: dict[st
     legend = plot.split("class=shapes")[1]
     looks = re.findall(r"<(?:circle|polygon)[^>]*/>", legend)
     assert len(set(looks)) == len(SYSTEMS)
+
+
+def test_every_system_of_the_shipped_comparison_has_a_look_of_its_own(scores: dict[str, Any]) -> None:
+    systems = load_config("jobs/configs/openmoji_comparison.yaml", []).evaluation.systems
+    names = [system.name for system in systems if system.seed_of is None]
+    one_of = scores["systems"]["teacher"]
+    scores["systems"] = {name: one_of for name in names}
+    legend = comparison(scores).split("<figure>")[1].split("class=shapes")[1]
+    assert len(set(re.findall(r"<(?:circle|polygon)[^>]*/>", legend))) == len(names)
 
 
 def test_scores_that_could_not_be_estimated_are_left_out_of_the_plot(scores: dict[str, Any]) -> None:
