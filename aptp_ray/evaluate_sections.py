@@ -65,6 +65,9 @@ class System(Section):
     seed_of: str | None = Field(
         None, description="name of the system of which this is another seed: the report shows the mean of both; null: of none"
     )
+    against: str | None = Field(
+        None, description="name of a system to which this one is compared besides this run's own mixture; null: to no other"
+    )
 
     @model_validator(mode="after")
     def _expert_of_one(self) -> System:
@@ -122,6 +125,11 @@ class Evaluation(Section):
                 raise ValueError(
                     f"evaluation.systems: {system.name} is said to be another seed of {system.seed_of!r}, which is not among "
                     f"the systems that are no other's seed ({', '.join(sorted(firsts))})"
+                )
+            if system.against is not None and (system.against not in firsts - {system.name} or system.seed_of is not None):
+                raise ValueError(
+                    f"evaluation.systems: {system.name} has against={system.against!r}: say it of a system that is no other's "
+                    f"seed, and name another such one ({', '.join(sorted(firsts))})"
                 )
         if not any(system.kind == "mixture" and system.run_dir is None for system in self.systems):
             raise ValueError(

@@ -26,7 +26,8 @@ _PLOTTED = ("fid", "frechet", "clip_score", "facts", "teacher_psnr")
 def comparison(scores: dict[str, Any]) -> str:
     """Returns the sections of ``evaluation/scores.json``."""
     plots = compute_plots(scores, {name: _SCORES[name] for name in _PLOTTED if name in _names(scores)})
-    parts = [section("Against what it replaces", _note(scores), _systems(scores) + _seeds(scores) + plots + trained(scores))]
+    tables = _systems(scores) + _seeds(scores) + _pairs(scores)
+    parts = [section("Against what it replaces", _note(scores), tables + plots + trained(scores))]
     facts = _facts(scores)
     if facts:
         parts.append(section("What the images get right", _facts_note(), facts))
@@ -76,6 +77,21 @@ def _seeds(scores: dict[str, Any]) -> str:
         f"stars mark differences to {escape(seeds['against'])} as above.</p>"
     )
     return note + table(["system", "runs", *(_SCORES[score] for score in names)], rows)
+
+
+def _pairs(scores: dict[str, Any]) -> str:
+    """Paired differences of systems to those that they were said to be compared with, besides the run's own mixture."""
+    pairs = scores.get("pairs")
+    if not pairs:
+        return ""
+    names = [name for name in _names(scores) if any(name in one["scores"] for one in pairs.values())]
+    rows = [
+        [f"{escape(name)} minus {escape(one['against'])}", " and ".join(map(str, one["runs"]))]
+        + [_gain(one["scores"].get(score)) for score in names]
+        for name, one in pairs.items()
+    ]
+    note = "<p class=note>Differences on the same captions, of means over runs; a star marks an interval without zero.</p>"
+    return note + table(["difference", "runs", *(_SCORES[score] for score in names)], rows)
 
 
 def _cell(one: dict[str, Any] | None, apart: dict[str, float | None] | None) -> str:

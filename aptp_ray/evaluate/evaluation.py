@@ -25,7 +25,7 @@ from aptp_ray.evaluate.generation import Drawn, artists, draw, missing
 from aptp_ray.evaluate.latency import measure_costs
 from aptp_ray.evaluate.likeness import errors_against
 from aptp_ray.evaluate.scores import HIGHER_IS_BETTER, Sample, parts_of, questions_of, replicated, scores_of
-from aptp_ray.evaluate.seeds import over_seeds
+from aptp_ray.evaluate.seeds import over_seeds, pairs
 from aptp_ray.evaluate.systems import Caption, Cast, Painter, cast_systems, read_captions
 from aptp_ray.evaluate.trained import trained_figures
 
@@ -138,6 +138,7 @@ def evaluate(config: Config, run: RunDir, work: Work, encoders: Encoders, refere
         "systems": systems,
         "differences": _differences(work.casts, found),
         "seeds": over_seeds(listed, found, _own(work.casts)) if any(system.seed_of for system in listed) else None,
+        "pairs": pairs(listed, found),
         "drawing": {"found": found_before, **drawing_figures(drawn, actors)},
         # Of the wall clock, actors' start among the drawing.
         "seconds": {name: end - begun for (_, begun), (name, end) in pairwise(marks.items())},

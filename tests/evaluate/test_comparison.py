@@ -162,6 +162,18 @@ def test_plots_show_what_was_run_with_several_seeds_once(scores: dict[str, Any])
     ]  # fmt: skip
 
 
+def test_pairs_are_told_with_a_star_where_they_differ(scores: dict[str, Any]) -> None:
+    scores["pairs"] = {
+        "static <one>": {
+            "against": "blocks",
+            "runs": [3, 1],
+            "scores": {"frechet": one(-3.0, 1.0), "clip_score": one(0.5, 1.0)},
+        }
+    }
+    row = next(row for row in comparison(scores).split("<tr>") if "static &lt;one&gt; minus blocks" in row)
+    assert "<td>3 and 1</td>" in row and row.count("*") == 1 and "-3 " in row and "+0.5 " in row
+
+
 def test_every_run_says_what_made_it_and_what_training_came_to(scores: dict[str, Any], tmp_path: Path) -> None:
     run = RunDir(str(tmp_path))
     assert "How they were trained" not in comparison(scores)

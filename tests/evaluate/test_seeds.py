@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from aptp_ray.evaluate.bootstrap import draws, estimate, replicate
 from aptp_ray.evaluate.distances import mean_of
-from aptp_ray.evaluate.seeds import over_seeds
+from aptp_ray.evaluate.seeds import over_seeds, pairs
 from aptp_ray.evaluate_sections import Evaluation, System
 
 
@@ -29,6 +29,32 @@ def test_a_mean_over_seeds_is_the_score_of_the_mean() -> None:
     apart = result["differences"]["score"]["one"]
     assert apart["value"] == pytest.approx(values["one"].mean() - joined[0]) and apart["low"] < apart["value"] < apart["high"]
     assert set(result["differences"]["score"]) == {"one"}
+
+
+def test_a_pair_is_compared_by_the_means_over_both_ones_runs() -> None:
+    generator = np.random.default_rng(1)
+    spread = {"ours": 0.5, "a": 0.3, "a-1": 0.4, "b": 0.1, "b-1": 0.0}
+    values = {name: generator.normal(loc, 1.0, 200) for name, loc in spread.items()}
+    counts = draws(200, 100, seed=0)
+    found = {name: {"score": replicate(mean_of(value), counts)} for name, value in values.items()}
+    found["a"]["likeness"] = found["a-1"]["likeness"] = found["b"]["likeness"] = found["a"]["score"]  # b-1 has none
+    systems = [system("ours", run_dir=None), system("a"), system("a-1", "a"), system("b-1", "b")]
+    systems.append(System(name="b", kind="mixture", run_dir="elsewhere", against="a"))
+    [(name, pair)] = pairs(systems, found).items()
+    assert name == "b" and pair["against"] == "a" and pair["runs"] == [2, 2]
+    apart = (values["b"] + values["b-1"] - values["a"] - values["a-1"]) / 2  # means are linear: an oracle
+    assert pair["scores"] == {"score": pytest.approx(estimate(*replicate(mean_of(apart), counts)).to_json())}
+    assert pairs(systems[:-2], found) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "against", "seed_of"), [("a", "a", None), ("a", "c", None), ("a", "a-1", None), ("a-1", "a", "a")]
+)
+def test_a_pair_needs_two_things_that_are_there(name: str, against: str, seed_of: str | None) -> None:
+    wrong = System(name=name, kind="mixture", run_dir="elsewhere", against=against, seed_of=seed_of)
+    others = [system("ours", run_dir=None), system("a"), system("a-1", "a")]
+    with pytest.raises(ValidationError, match=f"{name} has against='{against}'"):
+        Evaluation(systems=[wrong, *(one for one in others if one.name != name)])
 
 
 def test_a_seed_of_something_that_is_not_there_is_refused() -> None:
