@@ -24,7 +24,9 @@ def over_seeds(systems: Sequence[System], found: dict[str, Found], against: str)
 
     Returns:
         ``against``; ``things``: {name: {"runs": names of systems, "scores": {score: {"value", "low", "high", "values": of each
-        run}}}}; ``differences``: {score: {name: estimate}}. Intervals are those over captions, of the mean of the runs.
+        run}}}}; ``differences``: {score: {name: estimate}}. Intervals are those over captions, of the mean of the runs. What
+        the mixture's own experts draw, captions dealt at random say, differs from that run alone and not from the mean over its
+        seeds: else the seeds' differences would pass for the routing's.
     """
     runs, means = _runs(systems), _means(systems, found)
     home = next(system.seed_of or system.name for system in systems if system.name == against)
@@ -38,14 +40,20 @@ def over_seeds(systems: Sequence[System], found: dict[str, Found], against: str)
         }
         for name, members in runs.items()
     }
+    first = next(system for system in systems if system.name == home)
+    own = {system.name for system in systems if _by_its_experts(system, first)}
     apart = {
-        score: differences({name: one[score] for name, one in means.items() if score in one}, home) for score in means[home]
+        score: differences({name: one[score] for name, one in means.items() if score in one and name not in own}, home)
+        | differences({name: found[name][score] for name in (home, *sorted(own)) if score in found[name]}, home)
+        for score in means[home]
     }
     return {"against": home, "things": things, "differences": apart}
 
 
 def pairs(systems: Sequence[System], found: dict[str, Found]) -> dict[str, Any]:
     """Compares systems with those that their ``against`` names, means over seeds on both sides.
+
+    What the other's own experts draw is compared with that run alone, as in :func:`over_seeds`.
 
     Args:
         systems: of which some say ``against``.
@@ -56,19 +64,26 @@ def pairs(systems: Sequence[System], found: dict[str, Found]) -> dict[str, Any]:
         the other}}}.
     """
     runs, means = _runs(systems), _means(systems, found)
-    return {
-        one.name: {
+    named = {system.name: system for system in systems}
+    compared: dict[str, Any] = {}
+    for one in systems:
+        if one.against is None:
+            continue
+        same_run = _by_its_experts(one, named[one.against])
+        other = found[one.against] if same_run else means[one.against]
+        compared[one.name] = {
             "against": one.against,
-            "runs": [len(runs[one.name]), len(runs[one.against])],
+            "runs": [len(runs[one.name]), 1 if same_run else len(runs[one.against])],
             "scores": {
-                score: difference(mean, means[one.against][score]).to_json()
-                for score, mean in means[one.name].items()
-                if score in means[one.against]
+                score: difference(mean, other[score]).to_json() for score, mean in means[one.name].items() if score in other
             },
         }
-        for one in systems
-        if one.against is not None
-    }
+    return compared
+
+
+def _by_its_experts(one: System, other: System) -> bool:
+    """Whether a control is drawn by the other's experts, of the very same run."""
+    return one.kind in ("random_routing", "one_expert") and one.run_dir == other.run_dir
 
 
 def _runs(systems: Sequence[System]) -> dict[str, list[str]]:

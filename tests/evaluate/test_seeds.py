@@ -39,12 +39,30 @@ def test_a_pair_is_compared_by_the_means_over_both_ones_runs() -> None:
     found = {name: {"score": replicate(mean_of(value), counts)} for name, value in values.items()}
     found["a"]["likeness"] = found["a-1"]["likeness"] = found["b"]["likeness"] = found["a"]["score"]  # b-1 has none
     systems = [system("ours", run_dir=None), system("a"), system("a-1", "a"), system("b-1", "b")]
-    systems.append(System(name="b", kind="mixture", run_dir="elsewhere", against="a"))
+    systems.append(System(name="b", kind="mixture", run_dir="runs/b", against="a"))
     [(name, pair)] = pairs(systems, found).items()
     assert name == "b" and pair["against"] == "a" and pair["runs"] == [2, 2]
     apart = (values["b"] + values["b-1"] - values["a"] - values["a-1"]) / 2  # means are linear: an oracle
     assert pair["scores"] == {"score": pytest.approx(estimate(*replicate(mean_of(apart), counts)).to_json())}
     assert pairs(systems[:-2], found) == {}
+
+
+def test_what_a_run_s_own_experts_draw_is_compared_with_that_run_alone() -> None:
+    generator = np.random.default_rng(2)
+    values = {name: generator.normal(loc, 1.0, 200) for name, loc in (("a", 0.3), ("a-1", 0.9), ("dealt", 0.2))}
+    counts = draws(200, 100, seed=0)
+    found = {name: {"score": replicate(mean_of(value), counts)} for name, value in values.items()}
+    dealt = System(name="dealt", kind="random_routing", against="a")
+    teacher = System(name="teacher", kind="teacher")
+    found["teacher"] = found["dealt"]  # not drawn by any run's experts: against the mean
+    systems = [system("a", run_dir=None), system("a-1", "a"), dealt, teacher]
+    pair = pairs(systems, found)["dealt"]
+    assert pair["runs"] == [1, 1]
+    alone = estimate(*replicate(mean_of(values["dealt"] - values["a"]), counts)).to_json()
+    mean = estimate(*replicate(mean_of(values["dealt"] - (values["a"] + values["a-1"]) / 2), counts)).to_json()
+    assert pair["scores"]["score"] == pytest.approx(alone)
+    apart = over_seeds(systems, found, "a")["differences"]["score"]
+    assert apart == {"dealt": pytest.approx(alone), "teacher": pytest.approx(mean)}
 
 
 @pytest.mark.parametrize(
